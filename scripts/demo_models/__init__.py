@@ -1,0 +1,1 @@
+"""How the demo pair of language models is made: corpus, phrasings, training, evaluation."""

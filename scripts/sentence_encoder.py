@@ -1,0 +1,154 @@
+"""A BERT sentence encoder as an ONNX graph: embeddings, layers, mean pooling and L2 normalisation.
+
+The graph is written down operator by operator, with ONNX Runtime's fused operators, rather than exported and then
+searched for patterns to fuse: it is short, it does not change with an exporter, and it is made in a second.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import ArrayLike, NDArray
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
+
+Float = NDArray[np.float32]
+
+FUSED = "com.microsoft"
+OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid(FUSED, 1)]
+IR_VERSION = 10  # older ONNX Runtimes refuse the versions that newer onnx packages write
+
+MIGRATION = 0.7  # how much of a channel's range moves into the weights: alpha of SmoothQuant, equation 4
+SAMPLE = (64, 16)  # sentences of random tokens, which show the outlier channels as well as real text does
+
+
+def sentence_encoder(folder: Path) -> onnx.ModelProto:
+    """Build the fp32 encoder of a Hugging Face BERT `folder` (config.json, model.safetensors).
+
+    Inputs: input_ids and attention_mask, INT64 [batch, sequence], padded on the right. Output: embedding, FP32 [batch,
+    hidden], of length 1. A sentence that is all padding gives zeros.
+
+    A few channels of BERT's activations are 20 times larger than the others and would cost these their resolution in
+    INT8. So the graph divides the inputs of wide products by a factor per channel and multiplies their weights by it
+    (SmoothQuant, arXiv 2211.10438): the same function, quantized with a third of the error.
+    """
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    return _Graph(config, weights, _channel_factors(_Graph(config, weights, {}))).model()
+
+
+def _channel_factors(graph: "_Graph") -> dict[str, Float]:
+    """Return the factors [hidden] of each product that is to be smoothed, measured on random tokens."""
+    model = graph.model()
+    inputs = {name: next(node.input[0] for node in model.graph.node if node.output[0] == name) for name in graph.smooth}
+    model.graph.output.extend(helper.make_tensor_value_info(x, TensorProto.FLOAT, None) for x in inputs.values())
+    ids = np.random.default_rng(0).integers(graph.config["vocab_size"], size=SAMPLE)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    activations = session.run(list(inputs.values()), {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    factors = {}
+    for (name, matrix), values in zip(graph.smooth.items(), activations, strict=True):
+        factor = np.abs(values).max((0, 1)) ** MIGRATION / np.abs(matrix).max(1) ** (1 - MIGRATION)
+        factors[name] = (factor / np.exp(np.log(factor).mean())).astype(np.float32)
+    return factors
+
+
+class _Graph:
+    """Builds the graph from front to back; a method adds nodes and returns the name of their output.
+
+    `factors` are those of the products to be smoothed; `smooth` collects these products' names and matrices.
+    """
+
+    def __init__(self, config: Mapping[str, int], weights: Mapping[str, Float], factors: Mapping[str, Float]) -> None:
+        self.config = config
+        self.weights = weights
+        self.factors = factors
+        self.smooth: dict[str, Float] = {}
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def model(self) -> onnx.ModelProto:
+        mask = self.add("Cast", ["attention_mask"], "mask", to=TensorProto.INT32)
+        x = self.embeddings()
+        for layer in range(self.config["num_hidden_layers"]):
+            x = self.layer(f"encoder.layer.{layer}", x, mask)
+        self.pool(x)
+        inputs = [_tensor(name, TensorProto.INT64, "batch", "sequence") for name in ("input_ids", "attention_mask")]
+        embedding = _tensor("embedding", TensorProto.FLOAT, "batch", self.config["hidden_size"])
+        graph = helper.make_graph(self.nodes, "sentence_encoder", inputs, [embedding], self.constants)
+        return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
+
+    def embeddings(self) -> str:
+        """Words plus positions. All tokens are of type 0, so that type's vector is part of the positions."""
+        types = self.weights["embeddings.token_type_embeddings.weight"]
+        table = self.constant("positions", self.weights["embeddings.position_embeddings.weight"] + types[0])
+        length = self.add("Shape", ["input_ids"], "length", start=1, end=2)
+        places = self.add("Slice", [table, self.constant("start", np.array([0])), length], "places")
+        words = self.add("Gather", [self.weight("embeddings.word_embeddings.weight"), "input_ids"], "words")
+        name, epsilon = "embeddings.LayerNorm", self.config["layer_norm_eps"]
+        return self.add(
+            "LayerNormalization", [self.add("Add", [words, places], "sum"), *self.norm(name)], name, epsilon=epsilon
+        )
+
+    def layer(self, name: str, x: str, mask: str) -> str:
+        attention = f"{name}.attention"
+        parts = [f"{attention}.self.{part}" for part in ("query", "key", "value")]
+        matrix = np.concatenate([self.weights[f"{part}.weight"] for part in parts]).T
+        bias = self.constant(f"{attention}.bias", np.concatenate([self.weights[f"{part}.bias"] for part in parts]))
+        split = helper.make_node("Split", [self.smoothed(attention, x, matrix)], parts, axis=-1, num_outputs=3)
+        self.nodes.append(split)
+        context = self.add(
+            "MultiHeadAttention",
+            [*parts, bias, mask],
+            f"{attention}.context",
+            domain=FUSED,
+            num_heads=self.config["num_attention_heads"],
+        )
+        x = self.residual(f"{attention}.output", context, x)
+        dense = f"{name}.intermediate.dense"
+        wide = self.smoothed(dense, x, self.weights[f"{dense}.weight"].T)
+        wide = self.add("BiasGelu", [wide, self.weight(f"{dense}.bias")], f"{dense}.gelu", domain=FUSED)
+        return self.residual(f"{name}.output", wide, x)
+
+    def residual(self, name: str, x: str, skip: str) -> str:
+        """LayerNorm(dense(x) + skip)."""
+        matrix = self.constant(f"{name}.dense.matrix", self.weights[f"{name}.dense.weight"].T)
+        product = self.add("MatMul", [x, matrix], f"{name}.dense")
+        inputs = [product, skip, *self.norm(f"{name}.LayerNorm"), self.weight(f"{name}.dense.bias")]
+        epsilon = self.config["layer_norm_eps"]
+        return self.add("SkipLayerNormalization", inputs, f"{name}.LayerNorm", domain=FUSED, epsilon=epsilon)
+
+    def pool(self, x: str) -> None:
+        """The mean over a sentence's tokens, scaled to length 1: the sum does as well."""
+        axis = self.constant("mask_axis", np.array([1]))
+        ones = self.add("Cast", ["attention_mask"], "ones", to=TensorProto.FLOAT)
+        total = self.add("MatMul", [self.add("Unsqueeze", [ones, axis], "row"), x], "total")
+        self.add("LpNormalization", [self.add("Squeeze", [total, axis], "pooled")], "embedding", axis=-1, p=2)
+
+    def smoothed(self, name: str, x: str, matrix: Float) -> str:
+        """x @ matrix, as (x / factor) @ (factor * matrix) once the factors are known."""
+        self.smooth[name] = matrix
+        if name in self.factors:
+            factor = self.factors[name]
+            x = self.add("Mul", [x, self.constant(f"{name}.factor", 1 / factor)], f"{name}.smooth")
+            matrix = factor[:, None] * matrix
+        return self.add("MatMul", [x, self.constant(f"{name}.matrix", matrix)], name)
+
+    def norm(self, name: str) -> list[str]:
+        return [self.weight(f"{name}.weight"), self.weight(f"{name}.bias")]
+
+    def weight(self, name: str) -> str:
+        return self.constant(name, self.weights[name])
+
+    def constant(self, name: str, value: ArrayLike) -> str:
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: int | float | str) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, **attributes))
+        return output
+
+
+def _tensor(name: str, data_type: int, *shape: str | int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, data_type, shape)

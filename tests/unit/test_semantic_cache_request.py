@@ -1,0 +1,108 @@
+"""Requests and settings: what is taken, and how the rest is refused."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from semantic_cache.policy import Policy
+from semantic_cache.request import InvalidRequest, parse_answer, parse_lookup
+
+POLICY = Policy(max_prompt_bytes=100)
+
+
+def test_the_cache_is_on_for_the_default_tenant_unless_told_otherwise() -> None:
+    lookup = parse_lookup(b"hello", {}, POLICY)
+    assert (lookup.prompt, lookup.mode, lookup.ttl_s) == ("hello", "on", 86400)
+    assert lookup.key == parse_lookup(b"hello", {"tenant": "default", "cache": "on"}, POLICY).key
+
+
+def test_its_own_parameters_are_no_part_of_the_key_but_the_tenant_is() -> None:
+    plain = parse_lookup(b"hello", {}, POLICY).key
+    assert parse_lookup(b"hello", {"cache": "refresh", "cache_ttl_s": 5}, POLICY).key == plain
+    assert parse_lookup(b"hello", {"tenant": "other"}, POLICY).key.partition != plain.partition
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parameters", "message"),
+    [
+        (b"", {}, "text_input is ''; it must be a prompt of 1 to 100 bytes"),
+        (b" \t", {}, "text_input is ' \\t'"),
+        (b"x" * 101, {}, "text_input is 101 bytes long; it must be at most 100"),
+        (b"ab\xe9", {}, "text_input has the byte 0xe9 at 2; it must be valid UTF-8"),
+        (b"p", {"cache": "only"}, "cache is 'only'; it must be one of on, off, refresh"),
+        (b"p", {"cache": 1}, "cache is 1"),
+        (b"p", {"tenant": ""}, "tenant is ''; it must be a string of 1 to 128 characters"),
+        (b"p", {"tenant": "t" * 129}, "tenant is 'ttt"),
+        (b"p", {"tenant": True}, "tenant is True"),
+        (b"p", {"cache_ttl_s": 0}, "cache_ttl_s is 0; it must be a whole number of seconds above 0"),
+        (b"p", {"cache_ttl_s": -1}, "cache_ttl_s is -1"),
+        (b"p", {"cache_ttl_s": True}, "cache_ttl_s is True"),
+        (b"p", {"cache_ttl_s": "60"}, "cache_ttl_s is '60'"),
+        (b"p", {"cache_ttl_s": 60.0}, "cache_ttl_s is 60.0"),
+    ],
+)
+def test_a_bad_lookup_names_field_value_and_remedy(prompt: bytes, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(message)):
+        parse_lookup(prompt, parameters, POLICY)
+
+
+def test_a_long_value_is_not_repeated_in_full() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_lookup(b"p", {"tenant": "t" * 10_000}, POLICY)
+    assert len(str(caught.value)) < 200
+
+
+@given(st.binary(max_size=200), st.dictionaries(st.sampled_from(["cache", "tenant", "cache_ttl_s", "seed"]), st.text()))
+def test_any_bytes_are_either_taken_whole_or_refused(prompt: bytes, parameters: dict[str, str]) -> None:
+    try:
+        lookup = parse_lookup(prompt, parameters, POLICY)
+    except InvalidRequest:
+        return
+    assert lookup.prompt.encode() == prompt and 0 < len(prompt) <= 100
+
+
+def test_an_answer_comes_with_a_json_object_or_none() -> None:
+    assert parse_answer(b"e", b"text", None).info == "{}"
+    assert parse_answer(b"e", b"text", b'{"tokens": 3}').info == '{"tokens": 3}'
+
+
+@pytest.mark.parametrize(
+    ("entry", "answer", "info", "message"),
+    [
+        (b"e", None, None, "answer is missing"),
+        (b"e", b"\xff", None, "answer has the byte 0xff at 0"),
+        (b"\xff", b"x", None, "cache_entry has the byte 0xff at 0"),
+        (b"e", b"x", b"[1]", "answer_info is '[1]'; it must be a JSON object"),
+        (b"e", b"x", b"{", "answer_info is '{'"),
+    ],
+)
+def test_a_bad_answer_names_its_field(entry: bytes, answer: bytes | None, info: bytes | None, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(message)):
+        parse_answer(entry, answer, info)
+
+
+def test_settings_come_from_config_parameters() -> None:
+    policy = Policy.from_parameters({"similarity_threshold": "0.8", "cache_ttl_s": "60", "EXECUTION_ENV_PATH": "x"})
+    assert policy == Policy(similarity_threshold=0.8, cache_ttl_s=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("similarity_threshold", "high"),
+        ("similarity_threshold", "0"),
+        ("similarity_threshold", "1.01"),
+        ("similarity_threshold", "nan"),
+        ("cache_ttl_s", "0"),
+        ("cache_ttl_s", "1.5"),
+        ("max_prompt_bytes", "-1"),
+        ("embedder", ""),
+        ("fronted_model", ""),
+        ("similarity", "0.9"),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"parameter '?{name}'?"):
+        Policy.from_parameters({name: value})
