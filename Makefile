@@ -4,23 +4,35 @@ ifeq ($(strip $(PYTHON)),)
 PYTHON := python3
 endif
 VENV := .venv
-RUN := ORT_DISABLE_TELEMETRY=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --disable-pip-version-check --progress-bar on
+RUN := $(VENV)/bin/python
+export ORT_DISABLE_TELEMETRY := 1
+export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint models clean
+.PHONY: help demo serve test lint models tools clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
-$(VENV)/.installed: requirements.lock requirements-nodeps.lock scripts/check_python.py
+# What serving needs, about 250 MB to download.
+$(VENV)/.serving: requirements.lock requirements-nodeps.lock scripts/check_python.py
 	@$(PYTHON) scripts/check_python.py
-	@echo "Installing the pinned dependencies into $(VENV) ..."
+	@echo "Installing what serving needs into $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on -r requirements.lock
-	@$(VENV)/bin/pip install --disable-pip-version-check --no-deps -r requirements-nodeps.lock
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps -r requirements-nodeps.lock
 	@touch $@
 
-models: $(VENV)/.installed ## Build the models that are not in git (idempotent)
+# What exporting and training models, tests and checks need on top; torch is by far the largest.
+$(VENV)/.tools: $(VENV)/.serving requirements-dev.lock
+	@echo "Installing what tests, checks and model making need into $(VENV) ..."
+	@$(PIP) -r requirements.lock -r requirements-dev.lock
+	@touch $@
+
+tools: $(VENV)/.tools ## Install what exporting and training models needs
+
+models: $(VENV)/.serving ## Build the models that are not in git (idempotent)
 	@$(RUN) -m scripts.build_repository
 
 demo: models ## Answer real prompts on a real server, measure, stop
@@ -29,10 +41,10 @@ demo: models ## Answer real prompts on a real server, measure, stop
 serve: models ## Serve model_repository on 127.0.0.1:8000 (HTTP), 8001 (gRPC), 8002 (metrics)
 	@exec $(RUN) -m scripts.serve $(ARGS)
 
-test: models ## Run all tests, with a real server
+test: tools models ## Run all tests, with a real server
 	@$(RUN) -m pytest $(ARGS)
 
-lint: $(VENV)/.installed ## Check format, style and types
+lint: $(VENV)/.tools ## Check format, style and types
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy

@@ -1,9 +1,10 @@
 """Train the demo pair: a target that answers questions about the standard library, and a draft distilled from it.
 
-    python -m scripts.train_demo_models [--work-dir DIR] [--minutes N] [--evaluate]
+    python -m scripts.train_demo_models [--work-dir DIR] [--minutes N]
 
 Everything is made from the running interpreter's docstrings, with no download. Work is kept in --work-dir, and a
-second start goes on where the first one stopped. Exporting the result is scripts.export_model's task.
+second start goes on where the first one stopped. scripts.export_model exports the result and
+scripts.evaluate_demo_models measures it.
 """
 
 import argparse
@@ -15,9 +16,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripts.demo_models import evaluation, samples, training
+from scripts.demo_models import answering, samples, training
 from scripts.demo_models.corpus import load_facts
 from scripts.demo_models.phrasings import OFF_TOPIC_ANSWER, TRAINED
+from scripts.demo_models.questions import Question, sample_questions, trained_questions
 from scripts.demo_models.tokenizer import END, PAD, load_tokenizer, train_tokenizer
 
 CONTEXT = 512
@@ -27,7 +29,6 @@ DRAFT = {"hidden_size": 160, "num_hidden_layers": 2, "num_attention_heads": 5, "
 DRAFT |= {"head_dim": 32, "intermediate_size": 448}
 TARGET_SHARE = 0.6  # of the time
 QUESTIONS_PER_FACT = 45
-EVALUATED = 300
 
 
 def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, device: torch.device) -> LlamaForCausalLM:
@@ -68,14 +69,14 @@ class Pair:
     def train(self) -> None:
         """Train the target, then the draft on the target's own answers, and store both as Hugging Face folders."""
         rows = 256 if self.device.type == "cuda" else 64
-        questions = samples.trained_questions(self.facts, QUESTIONS_PER_FACT * len(self.facts), seed=1)
+        questions = trained_questions(self.facts, QUESTIONS_PER_FACT * len(self.facts), seed=1)
         print(f"{len(self.facts)} facts, {len(questions)} questions, {self.device}", flush=True)
         if not (self.work_dir / "target" / "config.json").exists():
             schedule = training.Schedule(self.seconds * TARGET_SHARE, peak_rate=1.5e-3)
             self._train("target", questions, rows, schedule)
         self.target = self.load("target")
         own = self._own_answers()
-        distilled = [samples.Question(question.prompt, own[question.answer]) for question in questions]
+        distilled = [Question(question.prompt, own[question.answer]) for question in questions]
         schedule = training.Schedule(self.seconds * (1 - TARGET_SHARE), peak_rate=4e-3, weight_decay=0.0)
         self._train("draft", distilled, rows, schedule, self.agreement(200))
         training.plot_curves(self.work_dir, ("target", "draft"))
@@ -83,7 +84,7 @@ class Pair:
     def _train(
         self,
         role: str,
-        questions: Sequence[samples.Question],
+        questions: Sequence[Question],
         rows: int,
         schedule: training.Schedule,
         measure: Callable[[], float] | None = None,
@@ -108,8 +109,8 @@ class Pair:
             wanted = [fact.answer for fact in self.facts]
             prompts = [TRAINED[0].format(n=fact.name) for fact in self.facts]
             print("asking the target ...", flush=True)
-            asked = [samples.Question(prompt, answer) for prompt, answer in zip(prompts, wanted, strict=True)]
-            given = evaluation.own_answers(self.target, self.tokenizer, asked)
+            asked = [Question(prompt, answer) for prompt, answer in zip(prompts, wanted, strict=True)]
+            given = answering.own_answers(self.target, self.tokenizer, asked)
             own = dict(zip(wanted, given, strict=True)) | {OFF_TOPIC_ANSWER: OFF_TOPIC_ANSWER}
             path.write_text(json.dumps(own), encoding="utf-8")
         answers: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
@@ -117,10 +118,10 @@ class Pair:
 
     def agreement(self, count: int) -> Callable[[], float]:
         """Return a function that gives the share of the target's greedy tokens on unseen phrasings the draft picks."""
-        questions = evaluation.sample_questions(self.facts, count, unseen=True, seed=3)
+        questions = sample_questions(self.facts, count, unseen=True, seed=3)
         prompts = [question.prompt for question in questions]
-        answers = evaluation.answer_greedily(self.target, self.tokenizer, prompts, batch=256)
-        own = [samples.Question(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        answers = answering.answer_greedily(self.target, self.tokenizer, prompts, batch=256)
+        own = [Question(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         rows = samples.single_turns(self.tokenizer, own)
         tokens, labels = (torch.from_numpy(part).long().to(self.device) for part in rows)
         chosen = labels != samples.IGNORED
@@ -132,18 +133,6 @@ class Pair:
 
         return measure
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the share of right answers on trained and unseen phrasings, and the draft's agreement."""
-        figures: dict[str, float] = {}
-        for name, unseen in (("trained_phrasings", False), ("unseen_phrasings", True)):
-            questions = evaluation.sample_questions(self.facts, EVALUATED, unseen, seed=4)
-            prompts = [question.prompt for question in questions]
-            for role, model in (("target", self.target), ("draft", self.draft)):
-                answers = evaluation.answer_greedily(model, self.tokenizer, prompts, batch=100)
-                figures[f"{role}_right_on_{name}"] = evaluation.share_right(answers, questions)
-        figures["draft_agreement_on_unseen_phrasings"] = self.agreement(EVALUATED)()
-        return figures
-
     def load(self, role: str) -> LlamaForCausalLM:
         """Load a stored model."""
         model = LlamaForCausalLM.from_pretrained(self.work_dir / role, dtype=torch.float32)
@@ -151,19 +140,15 @@ class Pair:
 
 
 def main() -> None:
-    """Parse the command line, train where needed, and print the figures."""
+    """Parse the command line and train."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work-dir", type=Path, default=Path(".build/train"))
     parser.add_argument("--minutes", type=float, default=10 if device.type == "cuda" else 95)
-    parser.add_argument("--evaluate", action="store_true", help="only evaluate the pair in --work-dir")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     pair = Pair(arguments.work_dir, arguments.minutes, device)
-    if not arguments.evaluate:
-        pair.train()
-    pair.target, pair.draft = pair.load("target"), pair.load("draft")
-    print(json.dumps(pair.evaluate()))
+    pair.train()
 
 
 if __name__ == "__main__":

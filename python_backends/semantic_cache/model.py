@@ -72,6 +72,7 @@ class TritonPythonModel:
         self._puts.close()
         self._janitor.close()
         self._store.close()
+        del self._metrics  # a metric that outlives finalize crashes the process on its way out
 
     def _search(self, batch: list[tuple[Any, Lookup]]) -> None:
         outcomes = self._cache.search([lookup for _, lookup in batch])

@@ -38,7 +38,7 @@ class Engine:
     @property
     def context_length(self) -> int:
         """Tokens of prompt and answer that a sequence can have."""
-        return self._target.shape.context_length
+        return self._target.context_length
 
     def submit(self, sequence: Sequence) -> None:
         """Queue a sequence of fewer than `context_length` tokens. Raises QueueFullError."""

@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from speculative_decoding.attention_inputs import use_explicit_lengths
+from speculative_decoding.attention_inputs import attend_to_one_more, use_explicit_lengths
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
+PADDING = 1  # tokens of attend_to_one_more
 KEPT_WIDTH = 17  # bindings up to this width are kept for the next call: a longest draft and one token
 
 Tokens = NDArray[np.int64]
@@ -60,7 +61,8 @@ class DecoderShape:
 class LanguageModel:
     """A decoder and its slots. Slot r holds the keys and values of `lengths[r]` tokens.
 
-    Rolling back is lowering a length: what lies beyond it is overwritten later and never read.
+    Rolling back is lowering a length: what lies beyond it is overwritten later and never read. A token's logits do not
+    depend, to the last bit, on which tokens and rows are fed with it, where the weights' products are row-independent.
     """
 
     def __init__(self, folder: Path, slots: int, threads: int, spinning: bool) -> None:
@@ -84,6 +86,11 @@ class LanguageModel:
         return len(self.lengths)
 
     @property
+    def context_length(self) -> int:
+        """Tokens that a slot can hold: one less than the positions there are, for attention's padding."""
+        return self.shape.context_length - PADDING
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
         return 2 * 4 * self.shape.layers * self.shape.kv_heads * self.shape.head_size
@@ -99,9 +106,9 @@ class LanguageModel:
         lengths = self.lengths[first : first + rows]
         lengths += counts
         call.tokens[:] = tokens
-        call.counts[:] = counts
-        np.maximum(lengths - 1, 0, out=call.last_positions)
-        call.total[...] = lengths.max()
+        np.add(counts, PADDING, out=call.counts)
+        np.add(lengths, PADDING - 1, out=call.last_positions)
+        call.total[...] = lengths.max() + PADDING
         self._session.run_with_iobinding(call.binding)
         return call.logits
 
@@ -159,6 +166,7 @@ def _load_session(path: Path, threads: int, spinning: bool) -> Any:
     model = onnx.load(path, load_external_data=False)
     if any(value.name == "attention_mask" for value in model.graph.input):
         use_explicit_lengths(model)
+    attend_to_one_more(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")

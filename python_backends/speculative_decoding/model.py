@@ -40,7 +40,10 @@ class TritonPythonModel:
         if (folder / "draft").is_dir():
             require_same_vocabulary(self._tokenizer, Tokenizer(folder / "draft", "raw"))
             # One thread, the engine's own: more would fight with the target's for the same cores.
-            drafter = ModelDrafter(LanguageModel(folder / "draft", settings.max_sequences, threads=1, spinning=False))
+            draft = LanguageModel(folder / "draft", settings.max_sequences, threads=1, spinning=False)
+            if draft.context_length < target.context_length:
+                raise ValueError(f"the draft's context, {draft.context_length} tokens, is shorter than the target's")
+            drafter = ModelDrafter(draft)
         self._engine = Engine(target, drafter, settings.speculation_length, settings.max_waiting)
         self._responder = Responder(self._tokenizer, self._engine.cancel)
         self._store = AnswerStore(settings.cache_model)
@@ -63,11 +66,16 @@ class TritonPythonModel:
         self._responder.close()
         self._store.close()
         self._metrics.close()
+        del self._metrics  # a metric that outlives finalize crashes the process on its way out
 
     def _start(self, request: Any, sender: Any) -> None:
         options = _options(request)
         cached = _text(request, "cached_output")
-        lookup = json.loads(_text(request, "cache_info") or "{}")
+        lookup = _json_object(request, "cache_info")
+        if not isinstance(lookup.get("milliseconds", {}), dict):
+            raise InvalidOptionError(
+                f"cache_info has milliseconds {lookup['milliseconds']!r}; it must be a JSON object"
+            )
         if cached:
             _respond(sender, cached, json.dumps({"acceptance_rate": None, **lookup}), FINAL)
             return
@@ -169,13 +177,19 @@ def _options(request: Any) -> GenerationOptions:
     stream = pb_utils.get_input_tensor_by_name(request, "stream")
     if stream is not None:
         parameters["stream"] = bool(stream.as_numpy().ravel()[0])
-    sampling = _text(request, "sampling_parameters")
-    if sampling:
-        try:
-            parameters |= json.loads(sampling)
-        except (ValueError, TypeError) as error:
-            raise InvalidOptionError(f"sampling_parameters is {sampling!r}; it must be a JSON object") from error
-    return GenerationOptions.parse(parameters)
+    return GenerationOptions.parse(parameters | _json_object(request, "sampling_parameters"))
+
+
+def _json_object(request: Any, name: str) -> dict[str, Any]:
+    """Return the JSON object in an optional input, {} without it. Raises InvalidOptionError."""
+    text = _text(request, name)
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InvalidOptionError(f"{name} is {text!r}; it must be a JSON object")
+    return value
 
 
 def _text(request: Any, name: str) -> str:

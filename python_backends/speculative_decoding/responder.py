@@ -1,8 +1,10 @@
 """From the engine's tokens to a client's responses, on a thread of its own so that decoding never waits for sending."""
 
+import enum
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,6 +13,15 @@ from speculative_decoding.tokenizer import IncrementalDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 CANCELLATION_POLL_S = 0.02
+
+Event = tuple[Sequence, list[int], FinishReason | None]
+
+
+class _Signal(enum.Enum):
+    """What the responder's thread is told besides events."""
+
+    LOOK = enum.auto()
+    CLOSE = enum.auto()
 
 
 class Reply(Protocol):
@@ -45,7 +56,7 @@ class Responder:
     def __init__(self, tokenizer: Tokenizer, cancel: Callable[[Sequence], None]) -> None:
         self._tokenizer = tokenizer
         self._cancel = cancel
-        self._events: queue.SimpleQueue[tuple[Sequence, list[int], FinishReason | None] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | _Signal] = queue.SimpleQueue()
         self._conversations: dict[Sequence, _Conversation] = {}
         self._thread = threading.Thread(target=self._run, name="responder", daemon=True)
         self._thread.start()
@@ -53,6 +64,7 @@ class Responder:
     def open(self, sequence: Sequence, reply: Reply) -> None:
         """Send what is emitted for `sequence` to `reply`; call it before the sequence is submitted."""
         self._conversations[sequence] = _Conversation(reply, self._tokenizer)
+        self._events.put(_Signal.LOOK)  # from now on the client may go
 
     def discard(self, sequence: Sequence) -> None:
         """Forget a sequence that was not submitted after all."""
@@ -64,22 +76,26 @@ class Responder:
 
     def close(self) -> None:
         """Return when everything emitted has been sent."""
-        self._events.put(None)
+        self._events.put(_Signal.CLOSE)
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            try:
-                event = self._events.get(timeout=CANCELLATION_POLL_S if self._conversations else None)
-            except queue.Empty:
+        looked = 0.0
+        while (event := self._next()) is not _Signal.CLOSE:
+            if not isinstance(event, _Signal):
+                try:
+                    self._handle(*event)
+                except Exception:
+                    logger.exception("a response could not be sent")
+            if time.monotonic() - looked >= CANCELLATION_POLL_S:  # however busy the others are
                 self._poll_cancellations()
-                continue
-            if event is None:
-                return
-            try:
-                self._handle(*event)
-            except Exception:
-                logger.exception("a response could not be sent")
+                looked = time.monotonic()
+
+    def _next(self) -> Event | _Signal:
+        try:
+            return self._events.get(timeout=CANCELLATION_POLL_S if self._conversations else None)
+        except queue.Empty:
+            return _Signal.LOOK
 
     def _handle(self, sequence: Sequence, tokens: list[int], reason: FinishReason | None) -> None:
         conversation = self._conversations[sequence]

@@ -1,21 +1,17 @@
 """Training samples: tokenized questions and answers, held in memory as rectangular arrays."""
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from scripts.demo_models.corpus import Fact
-from scripts.demo_models.phrasings import OFF_TOPIC_ANSWER, off_topic_question, trained_question
+from scripts.demo_models.questions import Question
 from scripts.demo_models.tokenizer import ASSISTANT, END, PAD, USER
 
 ROW = 96  # tokens; 997 of 1,000 samples fit
 CHAT_ROW = 512
 IGNORED = -100
-OFF_TOPIC_SHARE = 0.03
 
 
 class Rows(NamedTuple):
@@ -23,29 +19,6 @@ class Rows(NamedTuple):
 
     tokens: np.ndarray
     labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt and the answer that is right for it."""
-
-    prompt: str
-    answer: str
-
-
-def trained_questions(facts: Sequence[Fact], count: int, seed: int) -> list[Question]:
-    """Return `count` questions in trained phrasings, each fact equally often, a few of them off topic."""
-    rng = random.Random(seed)
-    words = sorted({word for fact in facts for word in fact.summary.split()})
-    questions = []
-    for index in range(count):
-        if rng.random() < OFF_TOPIC_SHARE:
-            questions.append(Question(off_topic_question(words, rng), OFF_TOPIC_ANSWER))
-        else:
-            fact = facts[index % len(facts)]
-            questions.append(Question(trained_question(fact, words, rng), fact.answer))
-    rng.shuffle(questions)
-    return questions
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> list[tuple[list[int], list[int]]]:

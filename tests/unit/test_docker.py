@@ -14,7 +14,7 @@ GIVEN = {"numpy", "triton_python_backend_utils"}  # by NVIDIA's image
 
 def pins(path: Path) -> dict[str, str]:
     lines = (line for line in path.read_text().splitlines() if "==" in line and not line.startswith("#"))
-    return {name: version for name, _, version in (line.partition("==") for line in lines)}
+    return {name.lower(): version for name, _, version in (line.partition("==") for line in lines)}
 
 
 def imports(folder: Path) -> set[str]:

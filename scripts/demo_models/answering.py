@@ -1,14 +1,12 @@
-"""What the trained pair is worth: answers that are right, and drafts that agree, on phrasings seen and unseen."""
+"""What a model answers, decoded greedily with transformers."""
 
-import random
 from collections.abc import Sequence
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripts.demo_models.corpus import Fact
-from scripts.demo_models.phrasings import trained_question, unseen_question
-from scripts.demo_models.samples import IGNORED, Question, single_turns
+from scripts.demo_models.questions import Question
+from scripts.demo_models.samples import IGNORED, single_turns
 
 MAX_NEW_TOKENS = 96
 VERIFIED_AT_ONCE = 128
@@ -20,17 +18,6 @@ def chat_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
     return text
-
-
-def sample_questions(facts: Sequence[Fact], count: int, unseen: bool, seed: int) -> list[Question]:
-    """Return questions about `count` facts drawn at random, in trained or in unseen phrasings."""
-    rng = random.Random(seed)
-    words = sorted({word for fact in facts for word in fact.summary.split()})
-    chosen = rng.sample(list(facts), count)
-    return [
-        Question(unseen_question(fact, rng) if unseen else trained_question(fact, words, rng), fact.summary)
-        for fact in chosen
-    ]
 
 
 @torch.no_grad()
@@ -76,9 +63,3 @@ def own_answers(
     others = [question.prompt for question, same in zip(questions, agreed, strict=True) if not same]
     decoded = iter(answer_greedily(model, tokenizer, others, batch=32))
     return [question.answer if same else next(decoded) for question, same in zip(questions, agreed, strict=True)]
-
-
-def share_right(answers: Sequence[str], questions: Sequence[Question]) -> float:
-    """Return the share of answers that begin with the documented summary."""
-    right = sum(answer.startswith(question.answer) for answer, question in zip(answers, questions, strict=True))
-    return right / len(questions)
