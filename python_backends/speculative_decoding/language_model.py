@@ -79,6 +79,7 @@ class LanguageModel:
             for kind in ("key", "value"):
                 self._caches[f"{layer}.{kind}"] = np.zeros(size, np.float32)
         self._calls: dict[tuple[int, int, int], _BoundCall] = {}
+        self._logits = np.empty(slots * KEPT_WIDTH * self.shape.vocabulary, np.float32)  # shared by the kept calls
 
     @property
     def slots(self) -> int:
@@ -125,7 +126,9 @@ class LanguageModel:
         self.lengths[destination], self.lengths[source] = length, 0
 
     def _bind(self, first: int, rows: int, width: int) -> "_BoundCall":
-        call = _BoundCall(self._session, rows, width, self.shape.vocabulary)
+        size = rows * width * self.shape.vocabulary
+        logits = self._logits[:size] if size <= self._logits.size else np.empty(size, np.float32)
+        call = _BoundCall(self._session, rows, width, logits.reshape(rows, width, self.shape.vocabulary))
         for name, cache in self._caches.items():
             slots = cache[first : first + rows]
             call.bind_cache(f"past_key_values.{name}", f"present.{name}", slots)
@@ -137,13 +140,13 @@ class LanguageModel:
 class _BoundCall:
     """One combination of slots and width, with inputs and outputs at fixed addresses."""
 
-    def __init__(self, session: Any, rows: int, width: int, vocabulary: int) -> None:
+    def __init__(self, session: Any, rows: int, width: int, logits: Logits) -> None:
         self.binding = session.io_binding()
         self.tokens = np.zeros((rows, width), np.int64)
         self.counts = np.zeros(rows, np.int32)
         self.last_positions = np.zeros(rows, np.int32)
         self.total = np.zeros((), np.int32)
-        self.logits = np.zeros((rows, width, vocabulary), np.float32)
+        self.logits = logits
         for name, array in (
             ("input_ids", self.tokens),
             ("seqlens_k", self.last_positions),

@@ -22,7 +22,7 @@ from speculative_decoding.scheduler import QueueFullError
 from speculative_decoding.sequence import FinishReason, Sequence
 from speculative_decoding.settings import Settings
 from speculative_decoding.tokenizer import Tokenizer
-from speculative_decoding.vocabulary import require_same_vocabulary
+from speculative_decoding.vocabulary import require_draft_fits, require_same_vocabulary
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -41,8 +41,7 @@ class TritonPythonModel:
             require_same_vocabulary(self._tokenizer, Tokenizer(folder / "draft", "raw"))
             # One thread, the engine's own: more would fight with the target's for the same cores.
             draft = LanguageModel(folder / "draft", settings.max_sequences, threads=1, spinning=False)
-            if draft.context_length < target.context_length:
-                raise ValueError(f"the draft's context, {draft.context_length} tokens, is shorter than the target's")
+            require_draft_fits(target.shape, draft.shape)
             drafter = ModelDrafter(draft)
         self._engine = Engine(target, drafter, settings.speculation_length, settings.max_waiting)
         self._responder = Responder(self._tokenizer, self._engine.cancel)
@@ -96,6 +95,8 @@ class TritonPythonModel:
         if len(prompt.encode()) > limit * self._tokenizer.longest_token:
             raise InvalidOptionError(f"text_input has {len(prompt.encode())} bytes; the context holds {limit} tokens")
         tokens = self._tokenizer.encode_prompt(prompt)
+        if not tokens:
+            raise InvalidOptionError(f"text_input is {prompt!r}, which has no tokens; it must be a prompt")
         if len(tokens) >= limit:
             raise InvalidOptionError(f"text_input has {len(tokens)} tokens; it may have at most {limit - 1}")
         return tokens

@@ -103,12 +103,9 @@ class Responder:
         if reason:
             del self._conversations[sequence]
             self._finish(sequence, conversation, reason)
-        elif sequence.options.stream:
-            if conversation.reply.is_cancelled():
-                self._cancel(sequence)
-            elif len(conversation.answer) > conversation.sent:
-                conversation.reply.partial(conversation.answer[conversation.sent :])
-                conversation.sent = len(conversation.answer)
+        elif sequence.options.stream and len(conversation.answer) > conversation.sent:
+            conversation.reply.partial(conversation.answer[conversation.sent :])
+            conversation.sent = len(conversation.answer)
 
     def _finish(self, sequence: Sequence, conversation: _Conversation, reason: FinishReason) -> None:
         if reason in ("stop", "length"):

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from speculative_decoding.language_model import DecoderShape
 from speculative_decoding.tokenizer import INCOMPLETE, IncrementalDecoder, Tokenizer
-from speculative_decoding.vocabulary import require_same_vocabulary
+from speculative_decoding.vocabulary import require_draft_fits, require_same_vocabulary
 from transformers import AutoTokenizer
 
 from scripts.serving.server import MODEL_REPOSITORY
@@ -117,3 +119,12 @@ def test_a_draft_of_another_vocabulary_is_refused_with_a_token_that_differs(tmp_
         require_same_vocabulary(one, other)
     with pytest.raises(ValueError, match=r"target id None, draft id \d+"):
         require_same_vocabulary(Tokenizer(tmp_path / "one", "raw"), TOKENIZER)
+
+
+def test_a_draft_that_the_target_cannot_follow_is_refused_with_the_reason() -> None:
+    shape = DecoderShape.load(TARGET)
+    require_draft_fits(shape, shape)
+    with pytest.raises(ValueError, match="4097 logits"):
+        require_draft_fits(shape, replace(shape, vocabulary=4097))
+    with pytest.raises(ValueError, match="511 tokens"):
+        require_draft_fits(shape, replace(shape, context_length=511))
