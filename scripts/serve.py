@@ -21,7 +21,8 @@ def main() -> int:
     """Serve until SIGINT or SIGTERM, or check a running server; return the exit status."""
     options = _parse()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, _interrupt)
     try:
         return _check(options) if options.check else _serve(options)
     except ServeError as error:
