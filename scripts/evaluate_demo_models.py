@@ -14,7 +14,7 @@ import sys
 
 from scripts.demo_models.corpus import collect_facts
 from scripts.demo_models.questions import Question, sample_questions
-from scripts.serving.installation import PROJECT, PYTHON_BACKENDS
+from scripts.serving.installation import MODEL_REPOSITORY, PYTHON_BACKENDS
 
 sys.path.append(str(PYTHON_BACKENDS))
 
@@ -25,7 +25,7 @@ from speculative_decoding.options import GenerationOptions
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.tokenizer import Tokenizer
 
-PAIR = PROJECT / "model_repository" / "language_model" / "1"
+PAIR = MODEL_REPOSITORY / "language_model" / "1"
 SLOTS = 8
 SPECULATION_LENGTH = 8
 

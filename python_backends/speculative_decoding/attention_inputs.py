@@ -49,9 +49,9 @@ def attend_to_one_more(model: onnx.ModelProto) -> None:
     key/value cache is overwritten by the next token.
     """
     graph = model.graph
-    for name, value in (("one_more/pads", [0, 0, 0, 0, 1, 0]), ("one_more/first", [0]), ("one_more/last", [-1])):
-        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
-    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "one_more/axis"))
+    constants = {"pads": [0, 0, 0, 0, 1, 0], "first": [0], "last": [-1], "axis": [1]}
+    for name, value in constants.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"one_more/{name}"))
     nodes = []
     for node in graph.node:
         if node.op_type != "GroupQueryAttention":

@@ -12,6 +12,7 @@ from scripts.serving.errors import ServeError
 
 PROJECT = Path(__file__).resolve().parents[2]
 PYTHON_BACKENDS = PROJECT / "python_backends"
+MODEL_REPOSITORY = PROJECT / "model_repository"
 
 
 @dataclass(frozen=True)

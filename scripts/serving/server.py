@@ -13,11 +13,11 @@ import psutil
 
 from scripts.serving import installation, ports, probe
 from scripts.serving.errors import ServeError
+from scripts.serving.installation import MODEL_REPOSITORY
 from scripts.serving.process import TritonProcess
 from scripts.serving.repository import model_names
 from scripts.serving.watchdog import LOOK_S, Watchdog
 
-MODEL_REPOSITORY = installation.PROJECT / "model_repository"
 STATE_DIR = installation.PROJECT / ".state"
 RESTRICTED_APIS = "shared-memory,model-repository,statistics,trace,logging"
 ADMIN_HEADER = "admin-key"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from scripts.demo_models.phrasings import UNSEEN
 from scripts.serving.errors import ServeError
 from scripts.serving.server import MODEL_REPOSITORY, TritonServer
 from tests import language_models
+from tests.reply import Reply
 
 PROMPT = "What does itertools.chain do?"
 PARAPHRASE = "what does itertools.chain do"
@@ -55,15 +56,6 @@ QUESTIONS = [UNSEEN[number % len(UNSEEN)].format(n=NAMES[number % len(NAMES)]) f
 TIMEOUT_S = 30.0
 
 Parameter = str | int | float | bool
-
-
-class Reply(NamedTuple):
-    text: str
-    info: dict[str, Any]
-
-    @property
-    def source(self) -> str:
-        return str(self.info["source"])
 
 
 @pytest.fixture

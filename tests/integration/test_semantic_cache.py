@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,20 +21,12 @@ from tritonclient.utils import InferenceServerException
 
 from scripts.serving.errors import ServeError
 from scripts.serving.server import MODEL_REPOSITORY, TritonServer
+from tests.reply import Reply
 
 STAND_INS = Path(__file__).parent / "repositories" / "cache"
 PROMPT = "does the chain tool link all iterables"
 SAME_MEANING = "does the chain tool link iterables all"  # to the stand-in for the embedder
 OTHER_MEANING = "when was the library of alexandria built"
-
-
-class Reply(NamedTuple):
-    text: str
-    info: dict[str, Any]
-
-    @property
-    def source(self) -> str:
-        return str(self.info["source"])
 
 
 @pytest.fixture(scope="module")
