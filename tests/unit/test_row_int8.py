@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from scripts.row_int8 import quantize_rows
+from scripts.quantization.errors import QuantizationError
+from scripts.quantization.row_int8 import quantize_rows
 
 Float = NDArray[np.float32]
 WIDTH, HIDDEN, VOCABULARY = 64, 96, 50
@@ -157,7 +158,7 @@ def test_an_embedding_table_becomes_int8() -> None:
 
 def test_a_table_looked_up_by_computed_ids_stays_fp32() -> None:
     nodes = [helper.make_node("Abs", ["ids"], ["places"]), helper.make_node("Gather", ["t", "places"], ["y"])]
-    with pytest.raises(ValueError, match="to quantize"):
+    with pytest.raises(QuantizationError, match="to quantize"):
         quantize_rows(model(nodes, {"t": normal(VOCABULARY, WIDTH)}, {"ids": TensorProto.INT64}))
 
 
@@ -185,10 +186,20 @@ def test_the_original_is_left_alone() -> None:
 
 
 def test_old_opsets_are_refused() -> None:
-    with pytest.raises(ValueError, match="opset 18 or newer, the model has 17"):
+    with pytest.raises(QuantizationError, match="opset 18 or newer, the model has 17"):
         quantize_rows(product_model(normal(WIDTH, HIDDEN), opset=17))
 
 
+def test_excluded_nodes_stay_fp32() -> None:
+    original = two_products_model()
+    for index, node in enumerate(original.graph.node):
+        node.name = f"node {index}"
+    quantized = quantize_rows(original, exclude=["node 0"])
+    assert operators(quantized).count("MatMul") == operators(quantized).count("MatMulInteger") == 1
+    with pytest.raises(QuantizationError, match="to quantize"):
+        quantize_rows(original, exclude=["node 0", "node 1"])
+
+
 def test_a_model_without_matrices_is_refused() -> None:
-    with pytest.raises(ValueError, match="to quantize"):
+    with pytest.raises(QuantizationError, match="to quantize"):
         quantize_rows(model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": TensorProto.FLOAT}))

@@ -5,12 +5,16 @@ Lossless speculation, and an embedding that depends on its sentence alone, need 
 scale and what is summed along a row are integers, so a row of a product is bit-identical alone and in any batch.
 """
 
-from collections.abc import MutableSequence
+from collections.abc import Collection, MutableSequence
 
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from scripts.quantization.errors import QuantizationError
+from scripts.quantization.graph import float_matrices
+from scripts.quantization.model_file import opset
 
 MIN_OPSET = 18  # ReduceMax takes its axes as an input since 18
 CONTRIB = "com.microsoft"
@@ -25,7 +29,9 @@ SHARED_CONSTANTS = {
 }
 
 
-def quantize_rows(model: onnx.ModelProto, *, fuse_scales: bool = False) -> onnx.ModelProto:
+def quantize_rows(
+    model: onnx.ModelProto, *, fuse_scales: bool = False, exclude: Collection[str] = ()
+) -> onnx.ModelProto:
     """Return a copy of the fp32 `model` with its constant matrices in INT8; inputs and outputs stay as they are.
 
     - `MatMul(x, W)` with a constant W [K, N]: x [..., K] becomes uint8 with a scale per row, W int8 with a scale per
@@ -36,57 +42,76 @@ def quantize_rows(model: onnx.ModelProto, *, fuse_scales: bool = False) -> onnx.
 
     `fuse_scales` scales the columns inside the product (com.microsoft.MatMulIntegerToFloat). Both forms give the same
     bits; on 2 cores the fused one takes a fifth more time for a single row, the same for 16 rows and a fifth less for
-    1,000. Leave it off for a decoder, set it for an encoder of whole batches.
+    1,000. Leave it off for a decoder, set it for an encoder of whole batches. Nodes named in `exclude` stay fp32.
 
     Constants are initializers whose data is in `model` (`onnx.load` brings external data along). All else, such as
-    attention, norms and biases, stays fp32. A row of zeros gives zeros. Raises ValueError when the opset is below 18 or
-    when there is nothing to quantize.
+    attention, norms and biases, stays fp32. A row of zeros gives zeros. Raises QuantizationError when the opset is
+    below 18 or when there is nothing to quantize.
 
     On x86 CPUs without VNNI instructions, ONNX Runtime adds pairs of these products in 16 bits, which can saturate. The
     session entry `session.x64quantprecision` = `1` avoids that. It takes half as much time again wherever it is set, so
     set it on such CPUs only.
     """
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset < MIN_OPSET:
-        raise ValueError(f"row-wise INT8 needs opset {MIN_OPSET} or newer, the model has {opset}")
+    if opset(model) < MIN_OPSET:
+        raise QuantizationError(
+            f"row-wise INT8 needs opset {MIN_OPSET} or newer, the model has {opset(model)}: --upgrade-opset converts it"
+        )
+    return _quantized(model, _Rewriter(fuse_scales=fuse_scales, exclude=exclude))
+
+
+def quantize_tables(model: onnx.ModelProto, exclude: Collection[str] = ()) -> onnx.ModelProto:
+    """Return a copy of the fp32 `model` with its embedding tables in INT8, as `quantize_rows` does, and with them only
+    the products that share their weights.
+
+    It goes before other quantizers: they leave tables as they are, give a whole table one scale, or store it twice.
+    """
+    names = {node.name for node in model.graph.node} if opset(model) < MIN_OPSET else exclude
+    return _quantized(model, _Rewriter(fuse_scales=False, exclude=names, tables_only=True))
+
+
+def _quantized(model: onnx.ModelProto, rewriter: "_Rewriter") -> onnx.ModelProto:
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
-    if fuse_scales and not any(entry.domain == CONTRIB for entry in quantized.opset_import):
+    if rewriter.fuse_scales and not any(entry.domain == CONTRIB for entry in quantized.opset_import):
         quantized.opset_import.append(helper.make_opsetid(CONTRIB, 1))
-    _Rewriter(quantized.graph, fuse_scales).run()
+    rewriter.run(quantized.graph)
     return quantized
 
 
 class _Rewriter:
     """Rewrites one graph node by node, in order. What it adds is keyed by name, so that adding it twice is harmless."""
 
-    def __init__(self, graph: onnx.GraphProto, fuse_scales: bool) -> None:
-        self.graph = graph
+    def __init__(self, *, fuse_scales: bool, exclude: Collection[str], tables_only: bool = False) -> None:
         self.fuse_scales = fuse_scales
-        self.inputs = {value.name for value in graph.input}
-        # Name of a constant matrix, or of its transpose -> (initializer, is it transposed?)
-        self.matrices = {tensor.name: (tensor, False) for tensor in graph.initializer if _is_fp32_matrix(tensor)}
-        for node in graph.node:
-            if node.op_type == "Transpose" and node.input[0] in self.matrices:
-                self.matrices[node.output[0]] = (self.matrices[node.input[0]][0], True)
-        lookups = (self.matrices[node.input[0]] for node in graph.node if self._is_lookup(node))
-        self.tables = {(tensor.name, transposed) for tensor, transposed in lookups}
+        self.exclude = frozenset(exclude)
+        self.tables_only = tables_only
         self.nodes: dict[str, onnx.NodeProto] = {}
         self.constants: dict[str, onnx.TensorProto] = {}
 
-    def run(self) -> None:
-        for node in self.graph.node:
-            if node.op_type == "MatMul" and node.input[1] in self.matrices:
+    def run(self, graph: onnx.GraphProto) -> None:
+        self._read(graph)
+        for node in graph.node:
+            if self._is_product(node):
                 self._product(node)
             elif self._is_lookup(node):
                 self._lookup(node)
             else:
                 self.nodes["\0".join(node.output)] = node
-        if not self.constants:
-            raise ValueError("found no MatMul or embedding with an fp32 initializer to quantize")
+        if not self.constants and not self.tables_only:
+            raise QuantizationError("found no MatMul or embedding with an fp32 initializer to quantize")
         for name, value in SHARED_CONSTANTS.items():
             self._constant(name, value)
-        self._replace_graph()
+        self._replace_in(graph)
+
+    def _read(self, graph: onnx.GraphProto) -> None:
+        self.inputs = {value.name for value in graph.input}
+        # Name of a constant matrix, or of its transpose -> (initializer, is it transposed?)
+        self.matrices = {name: (tensor, False) for name, tensor in float_matrices(graph).items()}
+        for node in graph.node:
+            if node.op_type == "Transpose" and node.input[0] in self.matrices:
+                self.matrices[node.output[0]] = (self.matrices[node.input[0]][0], True)
+        lookups = (self.matrices[node.input[0]] for node in graph.node if self._is_lookup(node))
+        self.tables = {(tensor.name, transposed) for tensor, transposed in lookups}
 
     def _product(self, node: onnx.NodeProto) -> None:
         """x @ W = (round(x * 127 / row maximum) @ Wq) * column scale / 127 * row maximum."""
@@ -134,6 +159,13 @@ class _Rewriter:
         )
         self._add("Mul", [picked, self._add("Gather", [scales, ids], f"{output}/scale")], output)
 
+    def _is_product(self, node: onnx.NodeProto) -> bool:
+        """Whether `node` is a product with a constant matrix that is to be quantized."""
+        if node.op_type != "MatMul" or node.input[1] not in self.matrices or node.name in self.exclude:
+            return False
+        tensor, transposed = self.matrices[node.input[1]]
+        return not self.tables_only or (tensor.name, not transposed) in self.tables
+
     def _is_lookup(self, node: onnx.NodeProto) -> bool:
         """Whether `node` picks rows of a constant table by ids that are sent (not, say, rotary tables by position)."""
         by_row = all(attribute.i == 0 for attribute in node.attribute)
@@ -147,17 +179,13 @@ class _Rewriter:
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value).reshape(np.shape(value)), name)
         return name
 
-    def _replace_graph(self) -> None:
+    def _replace_in(self, graph: onnx.GraphProto) -> None:
         """Put the new nodes into the graph and drop what they no longer read."""
-        graph, outputs = self.graph, {value.name for value in self.graph.output}
+        outputs = {value.name for value in graph.output}
         read = outputs.union(*(node.input for node in self.nodes.values()))
         _assign(graph.node, [node for node in self.nodes.values() if not read.isdisjoint(node.output)])
         read = outputs.union(*(node.input for node in graph.node))
         _assign(graph.initializer, [t for t in [*graph.initializer, *self.constants.values()] if t.name in read])
-
-
-def _is_fp32_matrix(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2
 
 
 def _values(tensor: onnx.TensorProto, transposed: bool) -> NDArray[np.float32]:
