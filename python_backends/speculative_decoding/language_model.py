@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from speculative_decoding.attention_inputs import attend_to_one_more, use_explicit_lengths
+from speculative_decoding.execution_provider import CPU, Provider
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
@@ -65,14 +67,15 @@ class LanguageModel:
     depend, to the last bit, on which tokens and rows are fed with it, where the weights' products are row-independent.
     """
 
-    def __init__(self, folder: Path, slots: int, threads: int, spinning: bool) -> None:
+    def __init__(self, folder: Path, slots: int, threads: int, spinning: bool, provider: Provider = CPU) -> None:
         """Load `folder` (ONNX Runtime GenAI's layout) with room for `slots` sequences.
 
         Raises ValueError when the folder or the graph is not of the expected form.
         """
         self.shape = DecoderShape.load(folder)
         self.lengths: Counts = np.zeros(slots, np.int32)
-        self._session = _load_session(folder / self.shape.filename, threads, spinning)
+        self.ran_s = 0.0  # within ONNX Runtime, so far
+        self._session = _load_session(folder / self.shape.filename, threads, spinning, provider)
         size = (slots, self.shape.kv_heads, self.shape.context_length, self.shape.head_size)
         self._caches: dict[str, NDArray[np.float32]] = {}
         for layer in range(self.shape.layers):
@@ -110,7 +113,9 @@ class LanguageModel:
         np.add(counts, PADDING, out=call.counts)
         np.add(lengths, PADDING - 1, out=call.last_positions)
         call.total[...] = lengths.max() + PADDING
+        started = time.perf_counter()
         self._session.run_with_iobinding(call.binding)
+        self.ran_s += time.perf_counter() - started
         return call.logits
 
     def truncate(self, slot: int, length: int) -> None:
@@ -165,7 +170,7 @@ class _BoundCall:
         self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _load_session(path: Path, threads: int, spinning: bool) -> Any:
+def _load_session(path: Path, threads: int, spinning: bool, provider: Provider) -> Any:
     model = onnx.load(path, load_external_data=False)
     if any(value.name == "attention_mask" for value in model.graph.input):
         use_explicit_lengths(model)
@@ -174,4 +179,4 @@ def _load_session(path: Path, threads: int, spinning: bool) -> Any:
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])

@@ -1,0 +1,68 @@
+"""What drafting and verifying cost on this machine: measured when a model is loaded, kept fresh by every round."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculative_decoding.options import MAX_SPECULATION_LENGTH
+
+OWN_WEIGHT = 0.15  # of a new observation, for its cell of the table
+SHARED_WEIGHT = 0.03  # and for all others: the machine as a whole became slower or faster
+LARGEST_CHANGE = 2.0  # an observation further off than this is an accident
+
+Seconds = NDArray[np.float64]
+
+
+class CostTable:
+    """Seconds of a call by rows and length: [rows, MAX_SPECULATION_LENGTH + 1], rows counted from 1."""
+
+    def __init__(self, seconds: Seconds) -> None:
+        self._seconds = seconds
+
+    @classmethod
+    def interpolate(cls, slots: int, measured: dict[tuple[int, int], float]) -> "CostTable":
+        """Fill a table from seconds measured at some (rows, length), with straight lines between and beyond them."""
+        lengths = np.arange(MAX_SPECULATION_LENGTH + 1)
+        rows = sorted({row for row, _ in measured})
+        lines = []
+        for row in rows:
+            known = sorted((length, seconds) for (at, length), seconds in measured.items() if at == row)
+            lines.append(_line(lengths, *zip(*known, strict=True)))
+        table = np.array(lines)
+        every = np.arange(1, slots + 1)
+        return cls(np.stack([_line(every, tuple(rows), tuple(column)) for column in table.T], axis=1))
+
+    def row(self, rows: int) -> Seconds:
+        """Return the seconds for so many rows, by length."""
+        line: Seconds = self._seconds[rows - 1]
+        return line
+
+    def observe(self, rows: int, length: int, seconds: float) -> None:
+        """Take in what a call took."""
+        expected = self._seconds[rows - 1, length]
+        if expected <= 0:
+            return
+        ratio = min(max(seconds / expected, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        self._seconds *= ratio**SHARED_WEIGHT
+        self._seconds[rows - 1, length] *= ratio ** (OWN_WEIGHT - SHARED_WEIGHT)
+
+
+class StepCosts:
+    """The tables of one pair of models, and what prefill costs."""
+
+    def __init__(self, draft: CostTable, verify: CostTable, prefill_s_per_token: float) -> None:
+        self.draft = draft
+        self.verify = verify
+        self.prefill_s_per_token = prefill_s_per_token
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Take in what a chunk of a prompt took."""
+        self.prefill_s_per_token += OWN_WEIGHT * (seconds / tokens - self.prefill_s_per_token)
+
+
+def _line(at: NDArray[np.int64], known: tuple[int, ...], seconds: tuple[float, ...]) -> Seconds:
+    """Return seconds `at` these places; beyond the last known one the line goes on as between the last two."""
+    line: Seconds = np.interp(at, known, seconds)
+    if len(known) > 1:
+        slope = max(0.0, (seconds[-1] - seconds[-2]) / (known[-1] - known[-2]))
+        line += np.maximum(0, at - known[-1]) * slope
+    return line
