@@ -23,6 +23,7 @@ from speculative_decoding.tokenizer import Tokenizer
 from scripts.demo_models.phrasings import UNSEEN
 from scripts.serving.server import MODEL_REPOSITORY
 from tests import language_models
+from tests.decoding import TIMEOUT_S, Answer, decode_plainly
 from tests.language_models import END, VOCABULARY
 from tests.unit.conftest import Export
 
@@ -30,28 +31,7 @@ TARGET = MODEL_REPOSITORY / "language_model" / "1" / "target"
 TOKENIZER = Tokenizer(TARGET, "chat")
 NAMES = ["itertools.chain", "os.path.join", "json.dumps", "heapq.merge", "re.sub", "zlib.crc32", "bisect.insort"]
 SLOTS = 4
-TIMEOUT_S = 60.0
 MANY = 1000
-
-
-class Answer:
-    """What a listener hears of one sequence."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.pieces = 0
-        self._ends: queue.SimpleQueue[FinishReason] = queue.SimpleQueue()
-
-    def listen(self, sequence: Sequence, tokens: list[int], reason: FinishReason | None) -> None:
-        self.tokens += tokens
-        self.pieces += 1
-        if reason:
-            self._ends.put(reason)
-
-    def wait(self) -> FinishReason:
-        reason = self._ends.get(timeout=TIMEOUT_S)
-        assert self._ends.empty(), "a sequence ends once"
-        return reason
 
 
 class GatedDrafter(Drafter):
@@ -161,18 +141,7 @@ def ask(
 
 
 def greedy(model: LanguageModel, prompt: list[int], max_tokens: int) -> tuple[list[int], FinishReason]:
-    """Decode token by token with the target alone: what every answer of the engine must equal."""
-    model.truncate(0, 0)
-    tokens = list(prompt)
-    logits = model.forward(0, np.array([prompt], np.int64), np.array([len(prompt)], np.int32))[0, -1]
-    while True:
-        token = int(logits.argmax())
-        if token in model.shape.end_tokens:
-            return tokens[len(prompt) :], "stop"
-        tokens.append(token)
-        if len(tokens) - len(prompt) == max_tokens or len(tokens) == model.context_length:
-            return tokens[len(prompt) :], "length"
-        logits = model.forward(0, np.array([[token]], np.int64), np.array([1], np.int32))[0, 0]
+    return decode_plainly(model, prompt, GenerationOptions(max_tokens=max_tokens))
 
 
 def random_prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
