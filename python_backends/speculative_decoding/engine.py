@@ -17,11 +17,12 @@ from speculative_decoding.sampling import Distribution
 from speculative_decoding.scheduler import Scheduler
 from speculative_decoding.sequence import FinishReason, Sequence
 from speculative_decoding.speculation import Drafts, Speculation
-from speculative_decoding.step_costs import StepCosts
+from speculative_decoding.step_costs import StepCosts, clipped
 
 logger = logging.getLogger(__name__)
 PREFILL_CHUNK = 128  # tokens, where nothing was measured
 LEAST_CHUNK, MOST_CHUNK = 8, 512
+CHUNK_ROUNDS = 1.5  # a chunk may cost so many rounds: who is decoding then waits 2.5 times as long as otherwise
 LONGEST_CHUNK_S = 0.03  # when nobody waits for the next token: a cancellation is noticed after it
 ROUND_WEIGHT = 0.1  # of a round, in how long rounds take lately
 
@@ -145,7 +146,7 @@ class Engine:
                 self._finish(sequence, [], reason)
 
     def _prefill(self) -> None:
-        """Feed the next chunks of the next prompts: about as many tokens as cost one round."""
+        """Feed the next chunks of the next prompts, as many tokens as the running sequences can wait for."""
         budget = self._prefill_budget()
         while budget > 0:
             with self._changed:
@@ -157,9 +158,9 @@ class Engine:
     def _prefill_budget(self) -> int:
         if self._costs is None:
             return PREFILL_CHUNK
-        seconds = self._round_s if self._scheduler.running else LONGEST_CHUNK_S
-        tokens = min(seconds, LONGEST_CHUNK_S) / self._costs.prefill_s_per_token
-        return int(min(max(tokens, LEAST_CHUNK), MOST_CHUNK))
+        seconds = CHUNK_ROUNDS * self._round_s if self._scheduler.running else LONGEST_CHUNK_S
+        tokens = self._costs.prefill.tokens(min(seconds, LONGEST_CHUNK_S))
+        return min(max(tokens, LEAST_CHUNK), MOST_CHUNK)
 
     def _prefill_chunk(self, sequence: Sequence, most: int) -> int:
         """Feed at most so many tokens of a prompt, and begin to decode when it is done; return how many."""
@@ -175,7 +176,7 @@ class Engine:
         started = time.perf_counter()
         logits = self._target.forward(slot, chunk, np.array([width], np.int32))
         if self._costs:
-            self._costs.observe_prefill(width, time.perf_counter() - started)
+            self._costs.prefill.observe(width, time.perf_counter() - started)
         if done + width == len(sequence.prompt):
             self._begin(slot, sequence, logits[0, -1:])
         return width
@@ -250,7 +251,7 @@ class Engine:
     def _record_round(self, drafts: Drafts, seconds: float) -> None:
         rows, longest = drafts.tokens.shape
         self._speculation.record_round(rows, drafts.lengths, seconds)
-        self._round_s += ROUND_WEIGHT * (seconds - self._round_s) if self._round_s else seconds
+        self._round_s = self._round_s * clipped(seconds / self._round_s) ** ROUND_WEIGHT if self._round_s else seconds
         self.statistics.rounds += 1
         self.statistics.plain_rounds += not longest
         self.statistics.step_s += seconds

@@ -1,5 +1,7 @@
 """What drafting and verifying cost on this machine: measured when a model is loaded, kept fresh by every round."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,22 +43,50 @@ class CostTable:
         expected = self._seconds[rows - 1, length]
         if expected <= 0:
             return
-        ratio = min(max(seconds / expected, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        ratio = clipped(seconds / expected)
         self._seconds *= ratio**SHARED_WEIGHT
         self._seconds[rows - 1, length] *= ratio ** (OWN_WEIGHT - SHARED_WEIGHT)
 
 
-class StepCosts:
-    """The tables of one pair of models, and what prefill costs."""
+class PrefillCost:
+    """Seconds of feeding a chunk of a prompt: so many for the call, so many for each token."""
 
-    def __init__(self, draft: CostTable, verify: CostTable, prefill_s_per_token: float) -> None:
-        self.draft = draft
-        self.verify = verify
-        self.prefill_s_per_token = prefill_s_per_token
+    def __init__(self, call_s: float, token_s: float) -> None:
+        self._call_s = call_s
+        self._token_s = token_s
 
-    def observe_prefill(self, tokens: int, seconds: float) -> None:
-        """Take in what a chunk of a prompt took."""
-        self.prefill_s_per_token += OWN_WEIGHT * (seconds / tokens - self.prefill_s_per_token)
+    @classmethod
+    def through(cls, one: tuple[int, float], other: tuple[int, float]) -> "PrefillCost":
+        """Return the line through two measured (tokens, seconds), the second of more tokens."""
+        token_s = max((other[1] - one[1]) / (other[0] - one[0]), other[1] / other[0] / LARGEST_CHANGE)
+        return cls(max(0.0, one[1] - one[0] * token_s), token_s)
+
+    def seconds(self, tokens: int) -> float:
+        """Return what a chunk of so many tokens costs."""
+        return self._call_s + self._token_s * tokens
+
+    def tokens(self, seconds: float) -> int:
+        """Return how many tokens a chunk of so many seconds has, none when the call alone takes longer."""
+        return max(0, int((seconds - self._call_s) / self._token_s))
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take in what a chunk took."""
+        change = clipped(seconds / self.seconds(tokens)) ** OWN_WEIGHT
+        self._call_s *= change
+        self._token_s *= change
+
+
+class StepCosts(NamedTuple):
+    """What the calls of one pair of models cost."""
+
+    draft: CostTable
+    verify: CostTable
+    prefill: PrefillCost
+
+
+def clipped(ratio: float) -> float:
+    """Return how far an observation is off, but no further than is believed."""
+    return min(max(ratio, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
 
 
 def _line(at: NDArray[np.int64], known: tuple[int, ...], seconds: tuple[float, ...]) -> Seconds:

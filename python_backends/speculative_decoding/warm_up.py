@@ -7,11 +7,11 @@ import numpy as np
 
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.options import MAX_SPECULATION_LENGTH
-from speculative_decoding.step_costs import CostTable, StepCosts
+from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
 
 PAST = 64  # tokens in each slot while measuring
 REPEATS = 3
-PREFILL_WIDTH = 32
+PREFILL_WIDTHS = (16, 64)
 WIDTHS = (2, 3, 5)  # measured between one token and the longest draft
 LEAST_BUDGET_S = 0.5
 BUDGET_STEPS = 40  # a slow model may take so many of its own steps
@@ -24,10 +24,11 @@ def measure_costs(target: LanguageModel, draft: LanguageModel | None, longest: i
     """
     verify = _measure(target, longest + 1)
     verify = {(rows, width - 1): seconds for (rows, width), seconds in verify.items()}
-    prefill_s = _timed(target, 1, PREFILL_WIDTH) / PREFILL_WIDTH
+    few, many = ((width, _timed(target, 1, width)) for width in PREFILL_WIDTHS)
+    prefill = PrefillCost.through(few, many)
     draft_steps = _draft_steps(draft) if draft else {(1, 0): 0.0}
     return StepCosts(
-        CostTable.interpolate(target.slots, draft_steps), CostTable.interpolate(target.slots, verify), prefill_s
+        CostTable.interpolate(target.slots, draft_steps), CostTable.interpolate(target.slots, verify), prefill
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from speculative_decoding.acceptance_rate import AcceptanceRate
 from speculative_decoding.options import MAX_SPECULATION_LENGTH
 from speculative_decoding.speculation_length import MAX_RATE, STEPS, expected_tokens, plan_lengths
-from speculative_decoding.step_costs import CostTable, StepCosts
+from speculative_decoding.step_costs import CostTable, PrefillCost
 
 Row = tuple[float, int, bool]  # acceptance rate, longest draft, by the model
 
@@ -108,8 +108,14 @@ def test_a_cost_table_follows_its_own_cell_quickly_all_others_slowly_and_acciden
 
 
 def test_prefill_costs_follow_what_is_measured() -> None:
-    flat = CostTable.interpolate(1, {(1, 0): 1.0})
-    made = StepCosts(flat, flat, 0.001)
+    made = PrefillCost.through((10, 0.030), (110, 0.130))
+    assert (made.seconds(60), made.tokens(0.080)) == (pytest.approx(0.080), 60)
+    assert made.tokens(0.001) == 0
     for _ in range(50):
-        made.observe_prefill(100, 0.2)
-    assert made.prefill_s_per_token == pytest.approx(0.002, rel=0.01)
+        made.observe(8, 2 * 0.028)
+    assert (made.seconds(60), made.tokens(0.161)) == (pytest.approx(0.160, rel=0.01), 60)
+
+
+def test_a_measurement_that_says_more_tokens_cost_less_is_not_believed() -> None:
+    made = PrefillCost.through((10, 0.030), (110, 0.020))
+    assert 0 < made.seconds(1) < made.seconds(100)
