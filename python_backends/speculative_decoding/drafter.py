@@ -1,12 +1,14 @@
 """Who proposes tokens for the target to verify."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speculative_decoding.draft_loop import LARGEST_BYTES, DraftLoop
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
 from speculative_decoding.sampling import Distribution
@@ -53,8 +55,11 @@ class Drafter(ABC):
 class ModelDrafter(Drafter):
     """A small language model decodes ahead of the target, choosing as the target would."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, loops: Collection[int] = ()) -> None:
+        """`loops`: numbers of greedy steps to have in one call, where the model is small enough to gain by it."""
         self._model = model
+        small = model.weight_bytes <= LARGEST_BYTES
+        self._loops = [DraftLoop(model, steps) for steps in sorted(loops)] if small else []
 
     @property
     def ran_s(self) -> float:
@@ -73,10 +78,13 @@ class ModelDrafter(Drafter):
         rows = int(drafting[-1]) + 1
         lengths = lengths[:rows]
         sampled = [(row, sequences[row]) for row in drafting.tolist() if not sequences[row].options.is_bare]
-        proposals = Proposals(np.zeros((rows, int(lengths.max())), np.int64), {row: [] for row, _ in sampled})
+        longest = int(lengths.max())
+        proposals = Proposals(np.zeros((rows, longest), np.int64), {row: [] for row, _ in sampled})
         tokens, counts = self._unseen(sequences[:rows], lengths)
+        if not sampled and (loop := self._loop(rows, longest)):
+            return Proposals(loop.run(tokens, counts)[:, :longest], {})
         picked = np.arange(rows)
-        for step in range(proposals.tokens.shape[1]):
+        for step in range(longest):
             counts *= lengths > step
             logits = self._model.forward(0, tokens, counts)
             logits = logits[:, 0] if tokens.shape[1] == 1 else logits[picked, counts - 1]
@@ -90,6 +98,21 @@ class ModelDrafter(Drafter):
             tokens = proposals.tokens[:, step : step + 1]
             counts = np.ones(rows, np.int32)
         return proposals
+
+    def rehearse(self, rows: int, length: int) -> None:
+        """Make the calls that proposing `length` tokens for so many rows takes, in slots that are empty again after."""
+        tokens, counts = np.zeros((rows, 2), np.int64), np.full(rows, 2, np.int32)
+        if loop := self._loop(rows, length):
+            loop.run(tokens, counts)
+        else:
+            for step in range(length):
+                self._model.forward(0, tokens if step == 0 else tokens[:, :1], counts if step == 0 else counts // 2)
+        self._model.lengths[:] = 0
+
+    def _loop(self, rows: int, length: int) -> DraftLoop | None:
+        """Return the shortest loop of at least so many steps, None where single steps are as good."""
+        fitting = (loop for loop in self._loops if loop.steps >= length > loop.steps // 2 and loop.fits(rows))
+        return next(fitting, None)
 
     def _sample(
         self, sequence: Sequence, logits: NDArray[np.float32], ahead: list[int], distributions: list[Distribution]

@@ -53,13 +53,14 @@ class TritonPythonModel:
         self._is_exact = rows_are_independent(target)
         if not self._is_exact:
             pb_utils.Logger.log_warn(NOT_INDEPENDENT.format(model=args["model_name"]))
-        kv_bytes = self._settings.kv_bytes
+        longest, kv_bytes = self._settings.speculation_length, self._settings.kv_bytes
+        drafter = ModelDrafter(draft, loops={longest // 2, longest} - {0, 1}) if draft else None
         self._engine = Engine(
             target,
-            ModelDrafter(draft) if draft else None,
-            self._settings.speculation_length,
+            drafter,
+            longest,
             self._settings.max_waiting,
-            measure_costs(target, draft, self._settings.speculation_length),
+            measure_costs(target, drafter, longest),
             kv_bytes // target.bytes_per_token if kv_bytes else None,
         )
         self._responder = Responder(self._tokenizer, self._engine.cancel)

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
+from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.language_model import LanguageModel
-from speculative_decoding.options import MAX_SPECULATION_LENGTH
 from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
 
 PAST = 64  # tokens in each slot while measuring
@@ -17,7 +18,7 @@ LEAST_BUDGET_S = 0.5
 BUDGET_STEPS = 40  # a slow model may take so many of its own steps
 
 
-def measure_costs(target: LanguageModel, draft: LanguageModel | None, longest: int) -> StepCosts:
+def measure_costs(target: LanguageModel, drafter: ModelDrafter | None, longest: int) -> StepCosts:
     """Return what drafting and verifying up to `longest` tokens costs with these models, whose slots are empty.
 
     It takes a second or so; what a slow model has no time for is taken to lie on straight lines.
@@ -26,20 +27,19 @@ def measure_costs(target: LanguageModel, draft: LanguageModel | None, longest: i
     verify = {(rows, width - 1): seconds for (rows, width), seconds in verify.items()}
     few, many = ((width, _timed(target, 1, width)) for width in PREFILL_WIDTHS)
     prefill = PrefillCost.through(few, many)
-    draft_steps = _draft_steps(draft) if draft else {(1, 0): 0.0}
+    draft_steps = _draft_steps(drafter, target.slots, longest) if drafter else {(1, 0): 0.0}
     return StepCosts(
         CostTable.interpolate(target.slots, draft_steps), CostTable.interpolate(target.slots, verify), prefill
     )
 
 
-def _draft_steps(draft: LanguageModel) -> dict[tuple[int, int], float]:
-    """Return seconds of drafting by (rows, length): a step that takes in two tokens, then steps of one."""
-    steps = _measure(draft, 2)
-    seconds = {}
-    for rows in {rows for rows, _ in steps}:
-        seconds[rows, 0] = 0.0
-        seconds[rows, 1] = steps[rows, 2]
-        seconds[rows, MAX_SPECULATION_LENGTH] = steps[rows, 2] + steps[rows, 1] * (MAX_SPECULATION_LENGTH - 1)
+def _draft_steps(drafter: ModelDrafter, slots: int, longest: int) -> dict[tuple[int, int], float]:
+    """Return seconds of drafting by (rows, length)."""
+    lengths = sorted({1, 2, longest // 2, longest} - {0})
+    seconds = {(rows, 0): 0.0 for rows in (1, slots)}
+    for rows in sorted({1, slots}):
+        for length in lengths:
+            seconds[rows, length] = _least_seconds(partial(drafter.rehearse, rows, length))
     return seconds
 
 
@@ -58,7 +58,7 @@ def _measure(model: LanguageModel, widest: int) -> dict[tuple[int, int], float]:
 
 
 def _timed(model: LanguageModel, rows: int, width: int) -> float:
-    """Return the least seconds of a few calls: what disturbs only ever adds."""
+    """Return the seconds of a call."""
     tokens, counts = np.zeros((rows, width), np.int64), np.full(rows, width, np.int32)
     past = min(PAST, model.context_length - width)
 
@@ -66,10 +66,15 @@ def _timed(model: LanguageModel, rows: int, width: int) -> float:
         model.lengths[:rows] = past
         model.forward(0, tokens, counts)
 
-    call()
-    seconds = min(_seconds(call) for _ in range(REPEATS))
+    seconds = _least_seconds(call)
     model.lengths[:] = 0
     return seconds
+
+
+def _least_seconds(call: Callable[[], None]) -> float:
+    """Return the least seconds of a few calls, after one that does not count: what disturbs only ever adds."""
+    call()
+    return min(_seconds(call) for _ in range(REPEATS))
 
 
 def _seconds(call: Callable[[], None]) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.execution_provider import CPU, execution_provider
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.row_independence import rows_are_independent
@@ -58,7 +59,7 @@ def test_measured_costs_grow_with_rows_and_length_and_leave_the_slots_empty(
     exported: Callable[[str], Export],
 ) -> None:
     target, draft = load(exported("llama-fp32").folder), load(exported("llama-fp32").folder)
-    costs = measure_costs(target, draft, 8)
+    costs = measure_costs(target, ModelDrafter(draft, loops=[4, 8]), 8)
     assert target.lengths.tolist() == draft.lengths.tolist() == [0] * SLOTS
     assert costs.draft.row(1)[0] == costs.draft.row(SLOTS)[0] == 0
     assert 0 < costs.draft.row(1)[1] < costs.draft.row(1)[16]

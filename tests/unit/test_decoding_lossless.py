@@ -51,7 +51,7 @@ class Models(NamedTuple):
     """The demo pair, with the engine's own measurements."""
 
     target: LanguageModel
-    draft: LanguageModel
+    drafter: ModelDrafter
     costs: StepCosts
 
 
@@ -68,7 +68,8 @@ def models() -> dict[int, Models]:
     for slots in (1, 4, MOST_SLOTS):
         target = LanguageModel(FOLDER / "target", slots, threads=2, spinning=False)
         draft = LanguageModel(FOLDER / "draft", slots, threads=1, spinning=False)
-        made[slots] = Models(target, draft, measure_costs(target, draft, 8))
+        drafter = ModelDrafter(draft, loops=[4, 8])
+        made[slots] = Models(target, drafter, measure_costs(target, drafter, 8))
     return made
 
 
@@ -118,7 +119,7 @@ def check(
     models: Models, batch: int, options: list[GenerationOptions], adaptive: bool = False
 ) -> dict[DrafterName, list[Sequence]]:
     """Decode answers to as many prompts, compare each with plain decoding, and return the sequences by drafter."""
-    engine = Engine(models.target, ModelDrafter(models.draft), 8, 1000, models.costs if adaptive else None)
+    engine = Engine(models.target, models.drafter, 8, 1000, models.costs if adaptive else None)
     by_drafter: dict[DrafterName, list[Sequence]] = {}
     try:
         asked = [(prompt(number), one) for number, one in enumerate(options)]
@@ -205,7 +206,7 @@ class Client:
 def test_a_stop_string_that_crosses_a_draft_ends_the_answer_where_plain_decoding_would(
     models: dict[int, Models],
 ) -> None:
-    engine = Engine(models[4].target, ModelDrafter(models[4].draft), 8, 1000)
+    engine = Engine(models[4].target, models[4].drafter, 8, 1000)
     responder = Responder(TOKENIZER, engine.cancel)
 
     def ask(number: int, stop: str, length: int, stream: bool) -> tuple[str, int, FinishReason] | None:
