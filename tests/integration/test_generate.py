@@ -615,3 +615,36 @@ def test_what_the_engine_did_is_on_the_metrics_port(server: TritonServer) -> Non
     assert metric(server, name("inter_token_latency_seconds_bucket") + 'le="+Inf"') == gaps
     assert metric(server, name("rows_independent")) == 1
     eventually(lambda: metric(server, name("kv_bytes_used")) == 0)
+
+
+def start_endless(client: tritonclient.grpc.InferenceServerClient, count: int, tokens: int, priority: int) -> None:
+    """Ask for so many answers of so many tokens on a stream that has been started."""
+    sampling = {"ignore_eos": True, "max_tokens": tokens, "priority": priority, "speculation_length": 0}
+    inputs = [tensor("text_input", PROMPT.encode()), tensor("sampling_parameters", json.dumps(sampling).encode())]
+    for _ in range(count):
+        client.async_stream_infer("language_model", inputs)
+
+
+def test_a_full_queue_refuses_at_once_and_its_slots_come_free(server: TritonServer) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: results.put(error or result))
+        start_endless(client, 8 + 256 + 10, 400, priority=2)
+        refusal = results.get(timeout=TIMEOUT_S)
+        assert "256 requests are waiting already; try again later" in str(refusal)
+        client.stop_stream(cancel_requests=True)
+    eventually(lambda: metric(server, "speculative_decoding_running_sequences") == 0)
+    assert is_alive(server)
+
+
+def test_a_request_of_a_lower_level_overtakes_those_that_wait(server: TritonServer) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: results.put(error or result))
+        start_endless(client, 16, 60, priority=3)
+        eventually(lambda: metric(server, "speculative_decoding_waiting_sequences") > 0 or not results.empty())
+        urgent = decode(server, PROMPT, priority=1, max_tokens=2).info["milliseconds"]["queue"]
+        others = [results.get(timeout=TIMEOUT_S) for _ in range(16)]
+        client.stop_stream()
+    waits = [json.loads(one.as_numpy("info").item())["milliseconds"]["queue"] for one in others]
+    assert urgent < max(waits)
