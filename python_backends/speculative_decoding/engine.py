@@ -193,6 +193,7 @@ class Engine:
         started, ran = time.perf_counter(), self._ran_s()
         running = list(self._scheduler.running)
         drafts = self._draft(running)
+        drafted_at = time.perf_counter()
         logits = self._verify(running, drafts)
         for slot in reversed(range(len(running))):  # a sequence that ends is replaced by a later one, already served
             sequence, length = running[slot], int(drafts.lengths[slot])
@@ -201,7 +202,8 @@ class Engine:
             self._record(sequence, length, len(tokens) - 1)
             self._commit(slot, sequence, tokens, logits[slot])
         self.statistics.model_s += self._ran_s() - ran
-        self._record_round(drafts, time.perf_counter() - started)
+        ended = time.perf_counter()
+        self._record_round(drafts, ended - started, ended - drafted_at)
 
     def _ran_s(self) -> float:
         """Return the seconds spent within ONNX Runtime so far."""
@@ -218,11 +220,7 @@ class Engine:
         tokens = np.empty((rows, longest + 1), np.int64)
         tokens[:, 0] = [sequence.tokens[-1] for sequence in running]
         tokens[:, 1:] = drafts.tokens
-        started = time.perf_counter()
-        logits = self._target.forward(0, tokens, drafts.lengths + 1)
-        if self._costs:
-            self._costs.verify.observe(rows, longest, time.perf_counter() - started)
-        return logits
+        return self._target.forward(0, tokens, drafts.lengths + 1)
 
     def _accept(
         self, sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits
@@ -248,8 +246,11 @@ class Engine:
         self._speculation.record(sequence, drafted, accepted)
         self.statistics.verified(drafted, accepted)
 
-    def _record_round(self, drafts: Drafts, seconds: float) -> None:
+    def _record_round(self, drafts: Drafts, seconds: float, verify_s: float) -> None:
+        """Learn from what a round took, and its part after drafting: verifying, choosing and committing."""
         rows, longest = drafts.tokens.shape
+        if self._costs:
+            self._costs.verify.observe(rows, longest, verify_s)
         self._speculation.record_round(rows, drafts.lengths, seconds)
         self._round_s = self._round_s * clipped(seconds / self._round_s) ** ROUND_WEIGHT if self._round_s else seconds
         self.statistics.rounds += 1

@@ -11,6 +11,7 @@ from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel
 from speculative_decoding.options import MAX_SEED, GenerationOptions
 from speculative_decoding.token_counts import TokenCounts
 
+FEW = 64  # tokens for which noise is cheaper than finding out which of them need it
 Row = NDArray[np.float32]  # the logits of one position, [vocabulary]
 
 
@@ -101,28 +102,36 @@ class Sampler:
 
 def sample(tokens: NDArray[np.int64], scaled: NDArray[np.float64], seed: int, position: int, stream: Stream) -> int:
     """Return the one of `tokens`, with log-probabilities `scaled` but for a constant, that the noise picks."""
-    best = scaled.argmax()
-    least = scaled[best] + float(gumbel(seed, position, tokens[best : best + 1], stream)[0]) - MAX_GUMBEL
-    possible = np.flatnonzero(scaled >= least)  # no noise lifts the others above the likeliest
-    noise = gumbel(seed, position, tokens[possible], stream)
-    return int(tokens[possible[(scaled[possible] + noise).argmax()]])
+    if len(tokens) == 1:
+        return int(tokens[0])
+    if len(tokens) > FEW:
+        best = scaled.argmax()
+        least = scaled[best] + float(gumbel(seed, position, tokens[best : best + 1], stream)[0]) - MAX_GUMBEL
+        possible = np.flatnonzero(scaled >= least)  # no noise lifts the others above the likeliest
+        tokens, scaled = tokens[possible], scaled[possible]
+    return int(tokens[(scaled + gumbel(seed, position, tokens, stream)).argmax()])
 
 
 def _filtered(logits: Row, options: GenerationOptions) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the tokens that temperature, min-p, top-k and top-p leave, by id, and log p but for a constant."""
     scaled = (logits - logits.max()) / np.float32(options.temperature)
-    tokens = _likeliest(scaled, options.top_k)
+    kept = _likeliest(scaled, options.top_k) if 0 < options.top_k < len(scaled) else None
     if options.min_p:
-        tokens = tokens[scaled[tokens] >= np.log(options.min_p)]
+        kept = _narrowed(kept, np.flatnonzero((scaled if kept is None else scaled[kept]) >= np.log(options.min_p)))
     if options.top_p < 1:
-        tokens = tokens[_nucleus(scaled[tokens], options.top_p)]
-    return tokens, scaled[tokens].astype(np.float64)
+        kept = _narrowed(kept, _nucleus(scaled if kept is None else scaled[kept], options.top_p))
+    if kept is None:
+        return np.arange(len(scaled)), scaled.astype(np.float64)
+    return kept, scaled[kept].astype(np.float64)
+
+
+def _narrowed(kept: NDArray[np.int64] | None, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what stands at these places of what is kept, None meaning all."""
+    return places if kept is None else kept[places]
 
 
 def _likeliest(scaled: Row, count: int) -> NDArray[np.int64]:
-    """Return the `count` likeliest tokens (all when 0), the lower id before the higher where they tie."""
-    if not 0 < count < len(scaled):
-        return np.arange(len(scaled))
+    """Return the `count` likeliest tokens, the lower id before the higher where they tie."""
     least = np.partition(scaled, len(scaled) - count)[len(scaled) - count]
     tokens = np.flatnonzero(scaled >= least)
     if len(tokens) > count:
@@ -131,9 +140,14 @@ def _likeliest(scaled: Row, count: int) -> NDArray[np.int64]:
 
 
 def _nucleus(scaled: Row, top_p: float) -> NDArray[np.int64]:
-    """Return the places of the fewest likeliest entries whose probabilities sum to `top_p` (Holtzman et al. 2020)."""
+    """Return the places of the fewest likeliest entries whose probabilities sum to `top_p` (Holtzman et al. 2020).
+
+    The likeliest entry is 0.
+    """
     weights = np.exp(scaled)
     total = float(weights.sum(dtype=np.float64))
+    if top_p * total <= 1:  # the likeliest alone
+        return np.array([scaled.argmax()])
     # All that are less likely than this sum to less than 1 - top_p: not worth sorting.
     likely = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
     order = likely[np.argsort(-weights[likely], kind="stable")]
