@@ -10,10 +10,10 @@ export ORT_DISABLE_TELEMETRY := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test lint models tools clean
+.PHONY: help demo serve test test-full lint models tools clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 # What serving needs, about 250 MB to download.
 $(VENV)/.serving: requirements.lock requirements-nodeps.lock scripts/check_python.py
@@ -43,6 +43,9 @@ serve: models ## Serve model_repository on 127.0.0.1:8000 (HTTP), 8001 (gRPC), 8
 
 test: tools models ## Run all tests, with a real server
 	@$(RUN) -m pytest $(ARGS)
+
+test-full: tools models ## Run the long forms of tests: losslessness over 104 prompts of 256 tokens
+	@$(RUN) -m pytest -m full $(ARGS)
 
 lint: $(VENV)/.tools ## Check format, style and types
 	@$(VENV)/bin/ruff format --check .

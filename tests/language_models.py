@@ -35,7 +35,9 @@ def tokenizer(*extra: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
 
 
-def save_random(folder: Path, architecture: Architecture, tied: bool, seed: int = 0) -> PreTrainedModel:
+def save_random(
+    folder: Path, architecture: Architecture, tied: bool, context: int = CONTEXT, seed: int = 0
+) -> PreTrainedModel:
     """Store a random model with its tokenizer as a Hugging Face folder, and return it.
 
     Biases and norms are random too, and weights are large enough for attention to matter in the logits.
@@ -45,7 +47,7 @@ def save_random(folder: Path, architecture: Architecture, tied: bool, seed: int 
         **SHAPE,
         vocab_size=VOCABULARY,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         initializer_range=0.1,
         bos_token_id=None,

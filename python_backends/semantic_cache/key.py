@@ -8,7 +8,7 @@ from typing import NamedTuple
 Parameter = str | int | float | bool
 
 # Request parameters that change how an answer is made or sent, never the answer.
-IRRELEVANT = frozenset({"stream", "speculation_length", "priority", "timeout"})
+IRRELEVANT = frozenset({"stream", "speculation_length", "drafter", "priority", "timeout"})
 
 
 class Key(NamedTuple):

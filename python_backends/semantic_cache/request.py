@@ -49,6 +49,8 @@ def parse_lookup(prompt: bytes, parameters: Mapping[str, Parameter], policy: Pol
         raise _invalid("tenant", tenant, f"a string of 1 to {MAX_TENANT_LENGTH} characters")
     if not isinstance(ttl_s, int) or isinstance(ttl_s, bool) or ttl_s <= 0:
         raise _invalid("cache_ttl_s", ttl_s, "a whole number of seconds above 0")
+    if "messages" in others:
+        prompt, others["messages"] = _chat(prompt, others["messages"])
     text = _prompt(prompt, policy.max_prompt_bytes)
     return Lookup(text, make_key(text, tenant, others, policy.fronted_model, policy.embedder), str(mode), ttl_s)
 
@@ -65,6 +67,17 @@ def parse_answer(entry: bytes, answer: bytes | None, info: bytes | None) -> Answ
     if not is_object:
         raise _invalid("answer_info", info_text, "a JSON object")
     return Answer(_text("cache_entry", entry), _text("answer", answer), info_text)
+
+
+def _chat(prompt: bytes, messages: Parameter) -> tuple[bytes, str]:
+    """Return what the last message of a chat says, which is looked up, and all else of it, which is a wall."""
+    if prompt:
+        raise InvalidRequest("text_input and messages are both given; with messages text_input must be empty")
+    try:
+        *others, last = json.loads(str(messages))
+        return last["content"].encode(), json.dumps([others, last["role"]], sort_keys=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _invalid("messages", messages, "a JSON list of objects with role and content") from None
 
 
 def _prompt(prompt: bytes, max_bytes: int) -> str:

@@ -1,24 +1,47 @@
 """Who proposes tokens for the target to verify."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from collections.abc import Sequence as Rows
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from speculative_decoding.draft_loop import LARGEST_BYTES, DraftLoop
 from speculative_decoding.language_model import LanguageModel
+from speculative_decoding.noise import Stream
+from speculative_decoding.sampling import Distribution
+from speculative_decoding.sequence import Sequence
+
+
+class Proposals(NamedTuple):
+    """tokens: int64 [rows, longest]; of a row with fewer the rest means nothing. distributions: for rows whose drafts
+    are judged by rejection, what each was sampled from.
+    """
+
+    tokens: NDArray[np.int64]
+    distributions: dict[int, list[Distribution]]
 
 
 class Drafter(ABC):
-    """Proposes tokens for the sequences in slots 0, 1, ...; `committed` are each sequence's tokens, prompt included."""
+    """Proposes tokens for the sequences in slots 0, 1, ..."""
+
+    @property
+    @abstractmethod
+    def ran_s(self) -> float:
+        """Seconds spent within ONNX Runtime so far."""
 
     @abstractmethod
-    def fill(self, slot: int, committed: list[int]) -> None:
-        """Take in what a slot has committed, but for its last token."""
+    def fill(self, slot: int, committed: list[int], most: int) -> int:
+        """Take in at most `most` tokens that a slot has committed, and return how many it took in.
+
+        When that is fewer than `most`, the slot can propose.
+        """
 
     @abstractmethod
-    def propose(self, committed: Rows[list[int]], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Return int64 [rows, max(lengths)]; row r's first lengths[r] tokens are proposals, the rest means nothing."""
+    def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
+        """Propose lengths[r] tokens for row r."""
 
     @abstractmethod
     def commit(self, slot: int, length: int) -> None:
@@ -30,37 +53,84 @@ class Drafter(ABC):
 
 
 class ModelDrafter(Drafter):
-    """A small language model decodes ahead of the target, greedily."""
+    """A small language model decodes ahead of the target, choosing as the target would."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, loops: Collection[int] = ()) -> None:
+        """`loops`: numbers of greedy steps to have in one call, where the model is small enough to gain by it."""
         self._model = model
+        small = model.weight_bytes <= LARGEST_BYTES
+        self._loops = [DraftLoop(model, steps) for steps in sorted(loops)] if small else []
 
-    def fill(self, slot: int, committed: list[int]) -> None:
-        missing = committed[self._model.lengths[slot] : -1]
-        if missing:
-            self._model.forward(slot, np.array([missing], np.int64), np.array([len(missing)], np.int32))
+    @property
+    def ran_s(self) -> float:
+        return self._model.ran_s
 
-    def propose(self, committed: Rows[list[int]], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        rows = len(committed)
-        proposals = np.zeros((rows, int(lengths.max())), np.int64)
-        tokens, counts = self._unseen(committed, lengths)
+    def fill(self, slot: int, committed: list[int], most: int) -> int:
+        seen = int(self._model.lengths[slot])
+        missing = committed[seen : min(len(committed) - 1, seen + most)]
+        if len(committed) - 1 - seen <= 1:  # what propose() takes in by itself
+            return 0
+        self._model.forward(slot, np.array([missing], np.int64), np.array([len(missing)], np.int32))
+        return len(missing)
+
+    def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
+        drafting = np.flatnonzero(lengths)
+        rows = int(drafting[-1]) + 1
+        lengths = lengths[:rows]
+        sampled = [(row, sequences[row]) for row in drafting.tolist() if not sequences[row].options.is_bare]
+        longest = int(lengths.max())
+        proposals = Proposals(np.zeros((rows, longest), np.int64), {row: [] for row, _ in sampled})
+        tokens, counts = self._unseen(sequences[:rows], lengths)
+        if not sampled and (loop := self._loop(rows, longest)):
+            return Proposals(loop.run(tokens, counts)[:, :longest], {})
         picked = np.arange(rows)
-        for step in range(proposals.shape[1]):
+        for step in range(longest):
             counts *= lengths > step
             logits = self._model.forward(0, tokens, counts)
-            proposals[:, step] = logits[picked, counts - 1].argmax(-1)
-            tokens = proposals[:, step : step + 1]
+            logits = logits[:, 0] if tokens.shape[1] == 1 else logits[picked, counts - 1]
+            proposals.tokens[:, step] = logits.argmax(-1)
+            for row, sequence in sampled:
+                if lengths[row] > step:
+                    ahead = proposals.tokens[row, :step].tolist()
+                    proposals.tokens[row, step] = self._sample(
+                        sequence, logits[row], ahead, proposals.distributions[row]
+                    )
+            tokens = proposals.tokens[:, step : step + 1]
             counts = np.ones(rows, np.int32)
         return proposals
 
+    def rehearse(self, rows: int, length: int) -> None:
+        """Make the calls that proposing `length` tokens for so many rows takes, in slots that are empty again after."""
+        tokens, counts = np.zeros((rows, 2), np.int64), np.full(rows, 2, np.int32)
+        if loop := self._loop(rows, length):
+            loop.run(tokens, counts)
+        else:
+            for step in range(length):
+                self._model.forward(0, tokens if step == 0 else tokens[:, :1], counts if step == 0 else counts // 2)
+        self._model.lengths[:] = 0
+
+    def _loop(self, rows: int, length: int) -> DraftLoop | None:
+        """Return the shortest loop of at least so many steps, None where single steps are as good."""
+        fitting = (loop for loop in self._loops if loop.steps >= length > loop.steps // 2 and loop.fits(rows))
+        return next(fitting, None)
+
+    def _sample(
+        self, sequence: Sequence, logits: NDArray[np.float32], ahead: list[int], distributions: list[Distribution]
+    ) -> int:
+        """Choose with the noise that the target will use, or, to be judged by rejection, with noise of its own."""
+        if not sequence.by_rejection:
+            return sequence.sampler.choose(logits, ahead)
+        distributions.append(sequence.sampler.distribution(logits, ahead))
+        return sequence.sampler.choose(logits, ahead, Stream.DRAFT)
+
     def _unseen(
-        self, committed: Rows[list[int]], lengths: NDArray[np.int32]
+        self, sequences: Rows[Sequence], lengths: NDArray[np.int32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """Return each row's committed tokens that the draft has not seen: one, or two after a full acceptance."""
-        for slot, tokens in enumerate(committed):
-            if lengths[slot] and len(tokens) - self._model.lengths[slot] > 2:
-                self.fill(slot, tokens)
-        unseen = [tokens[self._model.lengths[slot] :] if lengths[slot] else [] for slot, tokens in enumerate(committed)]
+        unseen = [
+            sequence.tokens[self._model.lengths[slot] :] if lengths[slot] else []
+            for slot, sequence in enumerate(sequences)
+        ]
         counts = np.array([len(tokens) for tokens in unseen], np.int32)
         padded = np.zeros((len(unseen), int(counts.max())), np.int64)
         for row, tokens in enumerate(unseen):

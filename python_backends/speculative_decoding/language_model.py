@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from speculative_decoding.attention_inputs import attend_to_one_more, use_explicit_lengths
+from speculative_decoding.execution_provider import CPU, Provider
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
@@ -65,19 +67,23 @@ class LanguageModel:
     depend, to the last bit, on which tokens and rows are fed with it, where the weights' products are row-independent.
     """
 
-    def __init__(self, folder: Path, slots: int, threads: int, spinning: bool) -> None:
+    def __init__(self, folder: Path, slots: int, threads: int, spinning: bool, provider: Provider = CPU) -> None:
         """Load `folder` (ONNX Runtime GenAI's layout) with room for `slots` sequences.
 
         Raises ValueError when the folder or the graph is not of the expected form.
         """
         self.shape = DecoderShape.load(folder)
         self.lengths: Counts = np.zeros(slots, np.int32)
-        self._session = _load_session(folder / self.shape.filename, threads, spinning)
+        self.ran_s = 0.0  # within ONNX Runtime, so far
+        self._path = folder / self.shape.filename
+        self._options = _session_options(self._path.parent, threads, spinning)
+        self._provider = provider
+        self._session = self.open_session(self.graph())
         size = (slots, self.shape.kv_heads, self.shape.context_length, self.shape.head_size)
-        self._caches: dict[str, NDArray[np.float32]] = {}
+        self.caches: dict[str, NDArray[np.float32]] = {}  # [slots, heads, context, head size]
         for layer in range(self.shape.layers):
             for kind in ("key", "value"):
-                self._caches[f"{layer}.{kind}"] = np.zeros(size, np.float32)
+                self.caches[f"{layer}.{kind}"] = np.zeros(size, np.float32)
         self._calls: dict[tuple[int, int, int], _BoundCall] = {}
         self._logits = np.empty(slots * KEPT_WIDTH * self.shape.vocabulary, np.float32)  # shared by the kept calls
 
@@ -92,9 +98,26 @@ class LanguageModel:
         return self.shape.context_length - PADDING
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of the model's files."""
+        return sum(file.stat().st_size for file in self._path.parent.glob(f"{self._path.name}*"))
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
         return 2 * 4 * self.shape.layers * self.shape.kv_heads * self.shape.head_size
+
+    def graph(self) -> onnx.ModelProto:
+        """Return the decoder's graph as it runs: with explicit lengths, and attention's padding."""
+        model = onnx.load(self._path, load_external_data=False)
+        if any(value.name == "attention_mask" for value in model.graph.input):
+            use_explicit_lengths(model)
+        attend_to_one_more(model)
+        return model
+
+    def open_session(self, model: onnx.ModelProto) -> Any:
+        """Return an ONNX Runtime session of a graph made from this model's, running where this model runs."""
+        return onnxruntime.InferenceSession(model.SerializeToString(), self._options, providers=[self._provider])
 
     def forward(self, first: int, tokens: Tokens, counts: Counts) -> Logits:
         """Feed the slots first, first + 1, ... and return logits [rows, width, vocabulary], valid until the next call.
@@ -110,7 +133,9 @@ class LanguageModel:
         np.add(counts, PADDING, out=call.counts)
         np.add(lengths, PADDING - 1, out=call.last_positions)
         call.total[...] = lengths.max() + PADDING
+        started = time.perf_counter()
         self._session.run_with_iobinding(call.binding)
+        self.ran_s += time.perf_counter() - started
         return call.logits
 
     def truncate(self, slot: int, length: int) -> None:
@@ -121,7 +146,7 @@ class LanguageModel:
     def move(self, source: int, destination: int) -> None:
         """Copy the sequence in one slot to another, and empty the first."""
         length = int(self.lengths[source])
-        for cache in self._caches.values():
+        for cache in self.caches.values():
             cache[destination, :, :length] = cache[source, :, :length]
         self.lengths[destination], self.lengths[source] = length, 0
 
@@ -129,7 +154,7 @@ class LanguageModel:
         size = rows * width * self.shape.vocabulary
         logits = self._logits[:size] if size <= self._logits.size else np.empty(size, np.float32)
         call = _BoundCall(self._session, rows, width, logits.reshape(rows, width, self.shape.vocabulary))
-        for name, cache in self._caches.items():
+        for name, cache in self.caches.items():
             slots = cache[first : first + rows]
             call.bind_cache(f"past_key_values.{name}", f"present.{name}", slots)
         if width <= KEPT_WIDTH:
@@ -165,13 +190,9 @@ class _BoundCall:
         self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _load_session(path: Path, threads: int, spinning: bool) -> Any:
-    model = onnx.load(path, load_external_data=False)
-    if any(value.name == "attention_mask" for value in model.graph.input):
-        use_explicit_lengths(model)
-    attend_to_one_more(model)
+def _session_options(folder: Path, threads: int, spinning: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options

@@ -6,9 +6,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from speculative_decoding.logprobs import TokenLogprob
 from speculative_decoding.sequence import FinishReason, Sequence
+from speculative_decoding.stop_strings import StopStrings
 from speculative_decoding.tokenizer import IncrementalDecoder, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -24,16 +26,24 @@ class _Signal(enum.Enum):
     CLOSE = enum.auto()
 
 
+class Piece(NamedTuple):
+    """What is new of an answer: its text, how many tokens came with it, and their log-probabilities when asked for."""
+
+    text: str
+    tokens: int
+    logprobs: list[tuple[TokenLogprob, ...]]
+
+
 class Reply(Protocol):
     """Where the responses of one request go."""
 
-    def partial(self, text: str) -> None:
+    def partial(self, sequence: Sequence, piece: Piece) -> None:
         """Send text of a stream."""
 
-    def complete(self, sequence: Sequence, text: str, answer: str, reason: FinishReason) -> None:
-        """Send the last response: `text` is what has not been sent yet, `answer` all of it."""
+    def complete(self, sequence: Sequence, last: Piece, whole: Piece, reason: FinishReason) -> None:
+        """Send the last response: `last` is what has not been sent yet, `whole` all of the answer."""
 
-    def fail(self, reason: FinishReason) -> None:
+    def fail(self, sequence: Sequence, reason: FinishReason) -> None:
         """Say that there is no answer."""
 
     def is_cancelled(self) -> bool:
@@ -41,17 +51,54 @@ class Reply(Protocol):
 
 
 class _Conversation:
-    """A reply in the making."""
+    """An answer in the making."""
 
-    def __init__(self, reply: Reply, tokenizer: Tokenizer) -> None:
+    def __init__(self, sequence: Sequence, reply: Reply, tokenizer: Tokenizer) -> None:
         self.reply = reply
-        self.decoder = IncrementalDecoder(tokenizer)
-        self.answer = ""
-        self.sent = 0
+        self._sequence = sequence
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._stops = StopStrings(sequence.options.stop)
+        self._text = ""
+        self._tokens = 0
+        self._sent_text = self._sent_tokens = 0
+
+    def feed(self, tokens: list[int]) -> bool:
+        """Take new tokens; return whether a stop string has ended the answer, where decoding token by token would."""
+        if not self._sequence.options.stop:
+            self._tokens += len(tokens)
+            self._text += self._decoder.feed(tokens)
+            return False
+        for token in tokens:
+            self._tokens += 1
+            is_long_enough = self._tokens > self._sequence.options.min_tokens
+            self._text += self._stops.feed(self._decoder.feed([token]), is_long_enough)
+            if self._stops.found:
+                return True
+        return False
+
+    def flush(self) -> bool:
+        """Take in that no token follows; return whether that completed a stop string."""
+        self._text += self._stops.feed(self._decoder.flush())
+        self._text += self._stops.flush()
+        return self._stops.found
+
+    def unsent(self) -> Piece | None:
+        """Return what there is to send of a stream, None when there is no text."""
+        return self.rest() if len(self._text) > self._sent_text else None
+
+    def rest(self) -> Piece:
+        """Return what has not been returned yet."""
+        text, first = self._text[self._sent_text :], self._sent_tokens
+        self._sent_text, self._sent_tokens = len(self._text), self._tokens
+        return Piece(text, self._tokens - first, self._sequence.logprobs[first : self._tokens])
+
+    def whole(self) -> Piece:
+        """Return all of the answer so far."""
+        return Piece(self._text, self._tokens, self._sequence.logprobs[: self._tokens])
 
 
 class Responder:
-    """Decodes and sends what the engine emits, and tells the engine of clients that have gone."""
+    """Decodes and sends what the engine emits, and tells the engine whose answer nobody needs any more."""
 
     def __init__(self, tokenizer: Tokenizer, cancel: Callable[[Sequence], None]) -> None:
         self._tokenizer = tokenizer
@@ -63,7 +110,7 @@ class Responder:
 
     def open(self, sequence: Sequence, reply: Reply) -> None:
         """Send what is emitted for `sequence` to `reply`; call it before the sequence is submitted."""
-        self._conversations[sequence] = _Conversation(reply, self._tokenizer)
+        self._conversations[sequence] = _Conversation(sequence, reply, self._tokenizer)
         self._events.put(_Signal.LOOK)  # from now on the client may go
 
     def discard(self, sequence: Sequence) -> None:
@@ -98,22 +145,25 @@ class Responder:
             return _Signal.LOOK
 
     def _handle(self, sequence: Sequence, tokens: list[int], reason: FinishReason | None) -> None:
-        conversation = self._conversations[sequence]
-        conversation.answer += conversation.decoder.feed(tokens)
-        if reason:
+        conversation = self._conversations.get(sequence)
+        if conversation is None:  # a stop string ended it while the engine went on
+            return
+        if conversation.feed(tokens):
+            if reason is None:
+                self._cancel(sequence)
+            self._finish(sequence, conversation, "stop")
+        elif reason in ("stop", "length"):
+            self._finish(sequence, conversation, "stop" if conversation.flush() else reason)
+        elif reason:
             del self._conversations[sequence]
-            self._finish(sequence, conversation, reason)
-        elif sequence.options.stream and len(conversation.answer) > conversation.sent:
-            conversation.reply.partial(conversation.answer[conversation.sent :])
-            conversation.sent = len(conversation.answer)
+            conversation.reply.fail(sequence, reason)
+        elif sequence.options.stream and (piece := conversation.unsent()):
+            conversation.reply.partial(sequence, piece)
 
     def _finish(self, sequence: Sequence, conversation: _Conversation, reason: FinishReason) -> None:
-        if reason in ("stop", "length"):
-            conversation.answer += conversation.decoder.flush()
-            unsent = conversation.answer[conversation.sent :]
-            conversation.reply.complete(sequence, unsent, conversation.answer, reason)
-        else:
-            conversation.reply.fail(reason)
+        del self._conversations[sequence]
+        whole = conversation.whole()
+        conversation.reply.complete(sequence, conversation.rest(), whole, reason)
 
     def _poll_cancellations(self) -> None:
         for sequence, conversation in list(self._conversations.items()):

@@ -1,35 +1,58 @@
-"""One request on its way through the engine."""
+"""One answer on its way through the engine."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from speculative_decoding.acceptance_rate import AcceptanceRate
+from speculative_decoding.logprobs import TokenLogprob
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.prompt_lookup import PromptLookup
+from speculative_decoding.sampling import Sampler
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
+Source = Literal["model", "prompt_lookup"]  # of drafted tokens
 # Called on the engine's thread with new tokens, and with the reason when there will be no more.
 Listener = Callable[["Sequence", list[int], FinishReason | None], None]
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt, what has been decoded of its answer, and what that took."""
+    """A prompt, what has been decoded of one answer to it, and what that took.
+
+    model_ends: the model's end tokens. index: which of a request's answers it is. logprobs: of each token of the
+    answer, when asked for.
+    """
 
     prompt: list[int]
     options: GenerationOptions
     listener: Listener
+    model_ends: frozenset[int]
+    index: int = 0
     tokens: list[int] = field(init=False)  # prompt and answer: what is committed
-    cancelled: bool = False  # set by any thread, seen by the engine before its next step
+    ends: frozenset[int] = field(init=False)
+    sampler: Sampler = field(init=False)
+    lookup: PromptLookup = field(init=False)
+    rates: dict[Source, AcceptanceRate] = field(default_factory=dict)
+    logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
+    submitted: bool = False
+    cancelled: bool = False
     drafted: int = 0
     accepted: int = 0
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     first_token: float = 0.0
+    last_token: float = 0.0
     finished: float = 0.0
 
     def __post_init__(self) -> None:
+        options = self.options
         self.tokens = list(self.prompt)
+        self.ends = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else self.model_ends)
+        self.sampler = Sampler(options, self.prompt, self.ends)
+        self.lookup = PromptLookup(self.tokens)
 
     @property
     def answered(self) -> int:
@@ -37,9 +60,24 @@ class Sequence:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def by_rejection(self) -> bool:
+        """Whether drafts are judged by rejection sampling; without a temperature that is the same as exactly."""
+        return self.options.acceptance == "rejection" and self.options.temperature > 0
+
+    @property
+    def deadline(self) -> float:
+        """When its client stops waiting, on time.monotonic()'s clock."""
+        return self.arrived + self.options.timeout / 1e6 if self.options.timeout else math.inf
+
+    @property
     def acceptance_rate(self) -> float | None:
         """Share of drafted tokens that the target accepted, None when none was drafted."""
         return self.accepted / self.drafted if self.drafted else None
+
+    def commit(self, tokens: list[int]) -> None:
+        """Take in what has become part of the answer."""
+        self.tokens += tokens
+        self.sampler.commit(tokens)
 
     def milliseconds(self) -> dict[str, float]:
         """Return the time spent waiting, in prefill and in decoding."""

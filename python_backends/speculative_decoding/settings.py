@@ -13,13 +13,18 @@ class Settings:
     """The `parameters` of a language model's config.pbtxt.
 
     max_sequences: sequences decoded at once. max_waiting: requests that may wait for a slot, beyond which the answer is
-    UNAVAILABLE. speculation_length: tokens drafted per round unless a request says otherwise. threads
+    UNAVAILABLE. kv_bytes: keys and values of the target that sequences in slots may come to need together, 0 for as
+    much as the slots hold. priority_levels, default_priority_level: as Triton's, level 1 is served first.
+    speculation_length: tokens drafted per round at most, unless a request says otherwise. threads
     (intra_op_thread_count): the target's, 0 for one per core. prompt_format: "chat" renders text_input as one user
     message, "raw" takes it as it is. cache_model: the model that answers are sent to, to be stored.
     """
 
     max_sequences: int = 8
     max_waiting: int = 256
+    kv_bytes: int = 0
+    priority_levels: int = 3
+    default_priority_level: int = 2
     speculation_length: int = 4
     threads: int = 0
     prompt_format: PromptFormat = "raw"
@@ -32,6 +37,9 @@ class Settings:
         settings = cls(
             max_sequences=_integer(given, "max_sequences", 1, 1024, cls.max_sequences),
             max_waiting=_integer(given, "max_waiting", 0, 1_000_000, cls.max_waiting),
+            kv_bytes=_integer(given, "kv_bytes", 0, 1 << 60, cls.kv_bytes),
+            priority_levels=_integer(given, "priority_levels", 1, 1000, cls.priority_levels),
+            default_priority_level=_integer(given, "default_priority_level", 1, 1000, cls.default_priority_level),
             speculation_length=_integer(given, "speculation_length", 0, MAX_SPECULATION_LENGTH, cls.speculation_length),
             threads=_integer(given, "intra_op_thread_count", 0, 1024, cls.threads),
             prompt_format=_prompt_format(given.pop("prompt_format", cls.prompt_format)),
@@ -39,6 +47,11 @@ class Settings:
         )
         if given:
             raise ValueError(f"unknown parameter {sorted(given)[0]!r} in config.pbtxt")
+        if settings.default_priority_level > settings.priority_levels:
+            level, levels = settings.default_priority_level, settings.priority_levels
+            raise ValueError(
+                f"parameter default_priority_level is {level}; it must be at most priority_levels, {levels}"
+            )
         return settings
 
 

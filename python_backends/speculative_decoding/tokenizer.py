@@ -1,13 +1,19 @@
 """Text to tokens and back: chat rendering, and decoding that never emits half a character."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from speculative_decoding.messages import Message
+from speculative_decoding.validation import InvalidOptionError
+
 PromptFormat = Literal["chat", "raw"]
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that templates may name
 INCOMPLETE = "\ufffd"  # what a decoder gives for a character whose last bytes are still to come
 
 
@@ -24,21 +30,39 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._template = None
-        if prompt_format == "chat":
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            self._template = environment.from_string(_chat_template(folder))
+        self._prompt_format = prompt_format
+        config = _config(folder)
+        self._special = {name: text for name in SPECIAL if (text := _token_text(config.get(name))) is not None}
+        source = _chat_template(folder, config)
+        if source is None and prompt_format == "chat":
+            raise ValueError(f'{folder} has no chat template: set the parameter prompt_format to "raw"')
+        self._template = None if source is None else _compile(source)
         self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the tokens of a prompt, rendered in this model's prompt format."""
-        if self._template is None:
-            tokens: list[int] = self._tokenizer.encode(text).ids
-        else:
-            messages = [{"role": "user", "content": text}]
-            rendered = self._template.render(messages=messages, add_generation_prompt=True)
-            tokens = self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        """Return the tokens of a prompt, rendered in this model's prompt format. Raises InvalidOptionError."""
+        if self._prompt_format == "chat":
+            return self.encode_messages((Message("user", text),), "text_input")
+        tokens: list[int] = self._tokenizer.encode(text).ids
         return tokens
+
+    def encode_messages(self, messages: Sequence[Message], field: str = "messages") -> list[int]:
+        """Return the tokens of a chat, rendered by the model's template. Raises InvalidOptionError naming `field`."""
+        if self._template is None:
+            raise InvalidOptionError(f"{field} cannot be taken: this model has no chat template; send text_input")
+        try:
+            rendered = self._template.render(
+                messages=[message._asdict() for message in messages], add_generation_prompt=True, **self._special
+            )
+        except TemplateError as error:
+            raise InvalidOptionError(f"{field} was refused by the model's chat template: {error}") from error
+        tokens: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        return tokens
+
+    def token_text(self, token: int) -> str:
+        """Return the text of one token, special ones included."""
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`, special tokens left out."""
@@ -78,12 +102,34 @@ class IncrementalDecoder:
         return text[len(before) :]
 
 
-def _chat_template(folder: Path) -> str:
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return config
+
+
+def _token_text(token: object) -> str | None:
+    """Return a special token's text as tokenizer_config.json has it: alone, or in an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    if not isinstance(template, str):
-        raise ValueError(f'{folder} has no chat template: set the parameter prompt_format to "raw"')
-    return template
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _compile(source: str) -> Template:
+    """Return a chat template with the function that templates refuse a chat by."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(source)

@@ -3,6 +3,7 @@
 import http.client
 import json
 import queue
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -448,3 +449,202 @@ def mismatched(tmp_path: Path) -> Iterator[Path]:
 def test_a_draft_of_another_vocabulary_is_a_load_error_that_says_so(mismatched: Path, tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"the draft's vocabulary differs from the target's in .*target's tokenizer"):
         TritonServer(mismatched, state_dir=tmp_path / "state").start()
+
+
+def test_a_seed_gives_the_same_sample_with_any_drafter_and_without_one_another(server: TritonServer) -> None:
+    sampled = {"temperature": 0.9, "top_p": 0.95}
+    plain = [decode(server, question, speculation_length=0, seed=3, **sampled) for question in QUESTIONS[:6]]
+    for drafter in ("auto", "model", "prompt_lookup", "none"):
+        replies = [decode(server, question, drafter=drafter, seed=3, **sampled) for question in QUESTIONS[:6]]
+        assert [reply.text for reply in replies] == [reply.text for reply in plain]
+    assert {reply.info["seed"] for reply in plain} == {3}
+    creative = {"temperature": 5.0, "max_tokens": 8}
+    drawn = {decode(server, PROMPT, **creative).info["seed"] for _ in range(3)}
+    assert len(drawn) == 3
+    by_rejection = decode(server, PROMPT, acceptance="rejection", seed=3, **sampled)
+    assert by_rejection.text == decode(server, PROMPT, acceptance="rejection", seed=3, **sampled).text
+
+
+@pytest.mark.parametrize("endpoint", ["generate", "language_model"])
+def test_a_stop_string_ends_the_answer_before_it_in_a_stream_too(server: TritonServer, endpoint: str) -> None:
+    whole = decode(server, PROMPT)
+    cut = whole.text.index("elements") + 3
+    stop = whole.text[cut - 2 : cut + 9]
+    expected = whole.text[: whole.text.index(stop)]
+    parameters: dict[str, Parameter] = {"stop": json.dumps(["nowhere", stop]), "cache": "off"}
+    for stream in (False, True):
+        pieces = stream_grpc(server, [tensor("text_input", PROMPT.encode())], endpoint, stream=stream, **parameters)
+        assert "".join(text for text, _ in pieces) == expected
+        info = json.loads(pieces[-1][1])
+        assert info["finish_reason"] == "stop" and info["tokens"] < whole.info["tokens"]
+
+
+def test_lengths_penalties_and_biases_do_what_they_say(server: TritonServer) -> None:
+    plain = decode(server, PROMPT)
+    assert plain.info["finish_reason"] == "stop"
+    longer = decode(server, PROMPT, min_tokens=plain.info["tokens"] + 5)
+    assert longer.text.startswith(plain.text) and longer.info["tokens"] >= plain.info["tokens"] + 5
+    endless = decode(server, PROMPT, ignore_eos=True, max_tokens=100)
+    assert (endless.info["finish_reason"], endless.info["tokens"]) == ("length", 100)
+    first = json.loads(post_infer(server, PROMPT, return_logprobs=True)["logprobs"])[0]
+    [token] = first
+    banned = decode(server, PROMPT, logit_bias=json.dumps({token: -100}))
+    assert banned.text[:3] != plain.text[:3]
+    stopped = decode(server, PROMPT, stop_token_ids=f"[{token}]")
+    assert (stopped.text, stopped.info["finish_reason"], stopped.info["tokens"]) == ("", "stop", 0)
+    penalized = decode(server, PROMPT, repetition_penalty=1.8, max_tokens=60)
+    assert penalized.text != plain.text
+
+
+def post_infer(server: TritonServer, prompt: str, model: str = "language_model", **fields: Any) -> dict[str, Any]:
+    status, _, body = post(server, f"{model}/generate", json.dumps({"text_input": prompt, **fields}).encode())
+    answer: dict[str, Any] = json.loads(body)
+    assert status == 200, answer
+    return answer
+
+
+def test_what_vllms_backend_can_return_is_returned_when_asked_for(server: TritonServer) -> None:
+    plain = post_infer(server, PROMPT)
+    assert plain.keys() == {"model_name", "model_version", "text_output", "info"}
+    wanted = ("finish_reason", "num_input_tokens", "num_output_tokens", "logprobs", "cumulative_logprob")
+    full = post_infer(
+        server,
+        PROMPT,
+        sampling_parameters='{"logprobs": 5}',
+        exclude_input_in_output=False,
+        **{f"return_{name}": True for name in wanted},
+    )
+    info = json.loads(full["info"])
+    assert full["text_output"] == PROMPT + plain["text_output"]
+    assert (full["finish_reason"], full["num_input_tokens"], full["num_output_tokens"]) == (
+        info["finish_reason"],
+        info["prompt_tokens"],
+        info["tokens"],
+    )
+    logprobs = json.loads(full["logprobs"])
+    assert logprobs == info["logprobs"] and len(logprobs) == info["tokens"]
+    assert all(len(position) == 5 for position in logprobs), "greedily chosen tokens are among the five likeliest"
+    assert "".join(next(iter(position.values()))["decoded_token"] for position in logprobs) == plain["text_output"]
+    total = sum(next(iter(position.values()))["logprob"] for position in logprobs)
+    assert full["cumulative_logprob"] == pytest.approx(total, abs=1e-3)
+
+
+def test_several_answers_are_those_of_seeds_one_after_another_and_come_back_from_the_cache(
+    server: TritonServer, tenant: str
+) -> None:
+    sampled: dict[str, Parameter] = {"temperature": 2.0, "max_tokens": 12}
+    alone = [decode(server, PROMPT, seed=seed, **sampled).text for seed in (5, 6, 7)]
+    assert len(set(alone)) == 3
+    together = ask(server, PROMPT, tenant=tenant, n=3, seed=5, **sampled)
+    assert together.text == alone
+    assert together.info["finish_reason"] == ["length"] * 3 and together.info["tokens"] == 36
+    assert ask_until_cached(server, PROMPT, tenant=tenant, n=3, seed=5, **sampled).text == alone
+    assert ask(server, PROMPT, tenant=tenant, n=2, seed=5, **sampled).source == "decoded"
+    direct = post_infer(
+        server, PROMPT, sampling_parameters=json.dumps({**sampled, "n": 2, "seed": 6}), return_num_output_tokens=True
+    )
+    assert (direct["text_output"], direct["num_output_tokens"]) == (alone[1:], [12, 12])
+
+
+def test_a_chat_is_rendered_by_the_models_template_and_cached_by_all_of_it(server: TritonServer, tenant: str) -> None:
+    chat = [{"role": "user", "content": PROMPT}]
+    expected = decode(server, PROMPT)
+    answered = ask(server, "", tenant=tenant, messages=json.dumps(chat))
+    assert (answered.text, answered.info["prompt_tokens"]) == (expected.text, expected.info["prompt_tokens"])
+    assert ask_until_cached(server, "", tenant=tenant, messages=json.dumps(chat)).text == expected.text
+    longer = [{"role": "user", "content": NEAR_MISS}, {"role": "assistant", "content": "No."}, *chat]
+    other = ask(server, "", tenant=tenant, messages=json.dumps(longer))
+    assert other.source == "decoded" and other.info["prompt_tokens"] > expected.info["prompt_tokens"]
+    direct = ask(server, "", "language_model", sampling_parameters=json.dumps({"messages": chat}))
+    assert direct.text == expected.text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1; it must be a number from 0 to 100"),
+        ({"top_p": 0}, "top_p is 0; it must be a number above 0 and at most 1"),
+        ({"logit_bias": '{"4096": 1}'}, "logit_bias is .* token ids from 0 to 4095"),
+        ({"stop": '[""]'}, "stop is .*; it must be a string, or a JSON list"),
+        ({"n": 2, "stream": True}, "n is 2; it must be 1 with stream"),
+        ({"drafter": "best"}, "drafter is 'best'; it must be one of auto, model, prompt_lookup, none"),
+        ({"acceptance": "loose"}, "acceptance is 'loose'; it must be one of exact, rejection"),
+        ({"priority": 4}, "priority is 4; it must be an integer from 0 to 3"),
+        ({"messages": "hi", "text_input": ""}, "messages is 'hi'; it must be a JSON list"),
+        ({"messages": '[{"role": "user", "content": "x"}]'}, "text_input and messages are both given"),
+        ({"messages": '[{"role": "king", "content": "x"}]', "text_input": ""}, "messages is .* role .one of system"),
+    ],
+)
+def test_a_bad_option_is_refused_with_its_field(
+    server: TritonServer, parameters: dict[str, Parameter], message: str
+) -> None:
+    body = json.dumps({"text_input": PROMPT, "cache": "off", **parameters}).encode()
+    status, _, answer = post(server, "generate/generate_stream", body)
+    assert status == 400 and re.search(message, json.loads(answer.removeprefix("data: "))["error"])
+
+
+@pytest.mark.parametrize("model", ["generate", "language_model"])
+def test_a_timeout_ends_decoding_with_an_error_that_names_it(server: TritonServer, model: str) -> None:
+    before = metric(server, 'speculative_decoding_requests_total{model="language_model",reason="timeout"}')
+    fields = {"text_input": PROMPT, "cache": "off", "ignore_eos": True, "max_tokens": 400, "timeout": 20_000}
+    status, _, body = post(server, f"{model}/generate", json.dumps(fields).encode())
+    assert (status, "timeout of 20000 microseconds" in json.loads(body)["error"]) == (400, True), body
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        errors: queue.Queue[Any] = queue.Queue()
+        client.start_stream(lambda result, error: errors.put(error))
+        inputs = [tensor("text_input", PROMPT.encode())]
+        parameters = {"cache": "off", "ignore_eos": True, "max_tokens": 400}
+        client.async_stream_infer("language_model", inputs, parameters=parameters, timeout=20_000)
+        assert "timeout of 20000 microseconds" in str(errors.get(timeout=TIMEOUT_S))
+    after = 'speculative_decoding_requests_total{model="language_model",reason="timeout"}'
+    eventually(lambda: metric(server, after) == before + 2)
+
+
+def test_what_the_engine_did_is_on_the_metrics_port(server: TritonServer) -> None:
+    name = "speculative_decoding_{}{{".format
+    counters = ["drafts_total", "draft_tokens_total", "accepted_tokens_total", "rounds_total", "output_tokens_total"]
+    before = {counter: metric(server, name(counter)) for counter in counters}
+    tokens = sum(decode(server, question, drafter="model").info["tokens"] for question in QUESTIONS[:8])
+    eventually(lambda: metric(server, name("output_tokens_total")) >= before["output_tokens_total"] + tokens)
+    after = {counter: metric(server, name(counter)) for counter in counters}
+    assert all(after[counter] > before[counter] for counter in counters)
+    assert metric(server, name("drafts_by_length_total")) == after["drafts_total"]
+    assert metric(server, name("accepted_tokens_by_position_total")) == after["accepted_tokens_total"]
+    gaps = metric(server, name("inter_token_latency_seconds_count"))
+    assert gaps > 0
+    assert metric(server, name("inter_token_latency_seconds_bucket") + 'le="+Inf"') == gaps
+    assert metric(server, name("rows_independent")) == 1
+    eventually(lambda: metric(server, name("kv_bytes_used")) == 0)
+
+
+def start_endless(client: tritonclient.grpc.InferenceServerClient, count: int, tokens: int, priority: int) -> None:
+    """Ask for so many answers of so many tokens on a stream that has been started."""
+    sampling = {"ignore_eos": True, "max_tokens": tokens, "priority": priority, "speculation_length": 0}
+    inputs = [tensor("text_input", PROMPT.encode()), tensor("sampling_parameters", json.dumps(sampling).encode())]
+    for _ in range(count):
+        client.async_stream_infer("language_model", inputs)
+
+
+def test_a_full_queue_refuses_at_once_and_its_slots_come_free(server: TritonServer) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: results.put(error or result))
+        start_endless(client, 8 + 256 + 10, 400, priority=2)
+        refusal = results.get(timeout=TIMEOUT_S)
+        assert "256 requests are waiting already; try again later" in str(refusal)
+        client.stop_stream(cancel_requests=True)
+    eventually(lambda: metric(server, "speculative_decoding_running_sequences") == 0)
+    assert is_alive(server)
+
+
+def test_a_request_of_a_lower_level_overtakes_those_that_wait(server: TritonServer) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: results.put(error or result))
+        start_endless(client, 16, 60, priority=3)
+        eventually(lambda: metric(server, "speculative_decoding_waiting_sequences") > 0 or not results.empty())
+        urgent = decode(server, PROMPT, priority=1, max_tokens=2).info["milliseconds"]["queue"]
+        others = [results.get(timeout=TIMEOUT_S) for _ in range(16)]
+        client.stop_stream()
+    waits = [json.loads(one.as_numpy("info").item())["milliseconds"]["queue"] for one in others]
+    assert urgent < max(waits)

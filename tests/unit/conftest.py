@@ -21,6 +21,8 @@ TINY = {
     "qwen3-fp32": ("qwen3", False),
     "qwen3-row-int8": ("qwen3", True),
 }
+LONG_CONTEXT = 2304
+LONG = {"llama2k-row-int8": ("llama", False, LONG_CONTEXT)}
 
 
 class Export(NamedTuple):
@@ -32,16 +34,17 @@ class Export(NamedTuple):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Export]]:
-    """Return the export of that name in TINY; two are made at a time."""
+    """Return the export of that name in TINY or LONG; two are made at a time."""
     torch.set_num_threads(1)  # waking threads takes longer than such models do
     folder = tmp_path_factory.mktemp("exported")
     sources = {
-        name: language_models.save_random(folder / f"{name}-source", *described) for name, described in TINY.items()
+        name: language_models.save_random(folder / f"{name}-source", *described)
+        for name, described in {**TINY, **LONG}.items()
     }
     with ThreadPoolExecutor(2) as pool:
         finished: dict[str, Future[None]] = {
             name: pool.submit(export_model, folder / f"{name}-source", folder / name, name.split("-", 1)[1])
-            for name in TINY
+            for name in {**TINY, **LONG}
         }
 
         def get(name: str) -> Export:

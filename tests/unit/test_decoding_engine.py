@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from speculative_decoding.drafter import Drafter, ModelDrafter
+from speculative_decoding.drafter import Drafter, ModelDrafter, Proposals
 from speculative_decoding.engine import PREFILL_CHUNK, Engine
 from speculative_decoding.language_model import LanguageModel
-from speculative_decoding.options import GenerationOptions
+from speculative_decoding.options import DrafterName, GenerationOptions
 from speculative_decoding.scheduler import QueueFullError
 from speculative_decoding.sequence import FinishReason, Sequence
 from speculative_decoding.tokenizer import Tokenizer
@@ -23,6 +23,7 @@ from speculative_decoding.tokenizer import Tokenizer
 from scripts.demo_models.phrasings import UNSEEN
 from scripts.serving.server import MODEL_REPOSITORY
 from tests import language_models
+from tests.decoding import TIMEOUT_S, Answer, decode_plainly
 from tests.language_models import END, VOCABULARY
 from tests.unit.conftest import Export
 
@@ -30,28 +31,7 @@ TARGET = MODEL_REPOSITORY / "language_model" / "1" / "target"
 TOKENIZER = Tokenizer(TARGET, "chat")
 NAMES = ["itertools.chain", "os.path.join", "json.dumps", "heapq.merge", "re.sub", "zlib.crc32", "bisect.insort"]
 SLOTS = 4
-TIMEOUT_S = 60.0
 MANY = 1000
-
-
-class Answer:
-    """What a listener hears of one sequence."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.pieces = 0
-        self._ends: queue.SimpleQueue[FinishReason] = queue.SimpleQueue()
-
-    def listen(self, sequence: Sequence, tokens: list[int], reason: FinishReason | None) -> None:
-        self.tokens += tokens
-        self.pieces += 1
-        if reason:
-            self._ends.put(reason)
-
-    def wait(self) -> FinishReason:
-        reason = self._ends.get(timeout=TIMEOUT_S)
-        assert self._ends.empty(), "a sequence ends once"
-        return reason
 
 
 class GatedDrafter(Drafter):
@@ -75,15 +55,19 @@ class GatedDrafter(Drafter):
         self.open.set()
         self._gate.put(None)
 
-    def propose(self, committed: Rows[list[int]], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    @property
+    def ran_s(self) -> float:
+        return self._drafter.ran_s
+
+    def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
         if not self.open.is_set():
-            self.entered.put(len(committed))
+            self.entered.put(len(sequences))
             if error := self._gate.get(timeout=TIMEOUT_S):
                 raise error
-        return self._drafter.propose(committed, lengths)
+        return self._drafter.propose(sequences, lengths)
 
-    def fill(self, slot: int, committed: list[int]) -> None:
-        self._drafter.fill(slot, committed)
+    def fill(self, slot: int, committed: list[int], most: int) -> int:
+        return self._drafter.fill(slot, committed, most)
 
     def commit(self, slot: int, length: int) -> None:
         self._drafter.commit(slot, length)
@@ -143,28 +127,21 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LanguageModel]
 
 
 def ask(
-    engine: Engine, prompt: list[int], max_tokens: int = 24, speculation_length: int | None = None
+    engine: Engine,
+    prompt: list[int],
+    max_tokens: int = 24,
+    speculation_length: int | None = None,
+    drafter: DrafterName = "model",
 ) -> tuple[Sequence, Answer]:
     answer = Answer()
-    options = GenerationOptions(max_tokens=max_tokens, speculation_length=speculation_length)
-    sequence = Sequence(prompt, options, answer.listen)
+    options = GenerationOptions(max_tokens=max_tokens, speculation_length=speculation_length, drafter=drafter)
+    sequence = Sequence(prompt, options, answer.listen, engine.end_tokens)
     engine.submit(sequence)
     return sequence, answer
 
 
 def greedy(model: LanguageModel, prompt: list[int], max_tokens: int) -> tuple[list[int], FinishReason]:
-    """Decode token by token with the target alone: what every answer of the engine must equal."""
-    model.truncate(0, 0)
-    tokens = list(prompt)
-    logits = model.forward(0, np.array([prompt], np.int64), np.array([len(prompt)], np.int32))[0, -1]
-    while True:
-        token = int(logits.argmax())
-        if token in model.shape.end_tokens:
-            return tokens[len(prompt) :], "stop"
-        tokens.append(token)
-        if len(tokens) - len(prompt) == max_tokens or len(tokens) == model.context_length:
-            return tokens[len(prompt) :], "length"
-        logits = model.forward(0, np.array([[token]], np.int64), np.array([1], np.int32))[0, 0]
+    return decode_plainly(model, prompt, GenerationOptions(max_tokens=max_tokens))
 
 
 def random_prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
@@ -174,7 +151,7 @@ def random_prompts(count: int, longest: int = 40, seed: int = 0) -> list[list[in
 
 def wait_until_free(engine: Engine) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while engine.load() != (0, 0):
+    while engine.load()[:2] != (0, 0):
         assert time.monotonic() < deadline, f"running and waiting: {engine.load()}"
         time.sleep(0.002)
 
@@ -257,7 +234,7 @@ def test_a_newcomer_joins_while_others_decode(
         asked.append(ask(engine, prompt, 40))
         gate.let_pass()
         assert gate.wait_for_step() == rows
-    assert engine.load() == (3, 0)
+    assert engine.load()[:2] == (3, 0)
     gate.release()
     assert [(answer.wait(), answer.tokens) for _, answer in asked] == [(reason, tokens) for tokens, reason in expected]
 
@@ -342,13 +319,13 @@ def test_cancelling_while_waiting_prefilling_or_decoding_frees_the_place(
     prefilling, waiting = ask(engine, long), ask(engine, short)
     gate.let_pass()
     assert gate.wait_for_step() == 1  # one chunk of the long prompt is in, and it is not decoding yet
-    assert engine.load() == (2, 1)
+    assert engine.load()[:2] == (2, 1)
     engine.cancel(prefilling[0])
     engine.cancel(waiting[0])
     gate.let_pass()
     assert prefilling[1].wait() == waiting[1].wait() == "cancelled"
     assert gate.wait_for_step() == 1
-    assert engine.load() == (1, 0)
+    assert engine.load()[:2] == (1, 0)
 
     decoding = ask(engine, long, 10)
     for rows in (1, 2):
@@ -398,7 +375,7 @@ def test_a_full_queue_refuses_and_takes_again_once_there_is_room(
     asked += [ask(engine, prompt), ask(engine, prompt)]
     with pytest.raises(QueueFullError, match="2 requests are waiting already"):
         ask(engine, prompt)
-    assert engine.load() == (1, 2)
+    assert engine.load()[:2] == (1, 2)
     gate.release()
     assert [answer.wait() for _, answer in asked] == ["length"] * 3
     _, again = ask(engine, prompt)
@@ -416,7 +393,7 @@ def test_a_failing_step_is_answered_with_error_and_the_engine_goes_on(
         gate.let_pass()
     gate.let_pass(RuntimeError("out of luck"))
     assert [answer.wait() for _, answer in asked] == ["error", "error"]
-    assert engine.load() == (0, 0)
+    assert engine.load()[:2] == (0, 0)
     gate.release()
     for prompt in prompts:
         _, answer = ask(engine, prompt)

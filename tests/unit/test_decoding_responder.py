@@ -2,10 +2,14 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from speculative_decoding.logprobs import TokenLogprob
 from speculative_decoding.options import GenerationOptions
-from speculative_decoding.responder import Responder
+from speculative_decoding.responder import Piece, Responder
 from speculative_decoding.sequence import FinishReason, Sequence
 from speculative_decoding.tokenizer import Tokenizer
 
@@ -22,16 +26,23 @@ class Recorder:
     def __init__(self) -> None:
         self.partials: list[str] = []
         self.last: tuple[str, str, FinishReason] | None = None
+        self.tokens: list[int] = []
+        self.logprobs: list[int] = []
         self.failure: FinishReason | None = None
         self.gone = False
 
-    def partial(self, text: str) -> None:
-        self.partials.append(text)
+    def partial(self, sequence: Sequence, piece: Piece) -> None:
+        self.partials.append(piece.text)
+        self.tokens.append(piece.tokens)
+        self.logprobs += [position[0].token for position in piece.logprobs]
 
-    def complete(self, sequence: Sequence, text: str, answer: str, reason: FinishReason) -> None:
-        self.last = (text, answer, reason)
+    def complete(self, sequence: Sequence, last: Piece, whole: Piece, reason: FinishReason) -> None:
+        self.last = (last.text, whole.text, reason)
+        self.tokens.append(last.tokens)
+        self.logprobs += [position[0].token for position in last.logprobs]
+        assert sum(self.tokens) == whole.tokens
 
-    def fail(self, reason: FinishReason) -> None:
+    def fail(self, sequence: Sequence, reason: FinishReason) -> None:
         self.failure = reason
 
     def is_cancelled(self) -> bool:
@@ -47,8 +58,9 @@ class Bench:
         sequence.cancelled = True
         self.cancelled.append(sequence)
 
-    def open(self, stream: bool) -> tuple[Sequence, Recorder]:
-        sequence, recorder = Sequence([1], GenerationOptions(stream=stream), self.responder.emit), Recorder()
+    def open(self, stream: bool, **options: Any) -> tuple[Sequence, Recorder]:
+        made = GenerationOptions(stream=stream, **options)
+        sequence, recorder = Sequence([1], made, self.responder.emit, frozenset()), Recorder()
         self.responder.open(sequence, recorder)
         return sequence, recorder
 
@@ -76,7 +88,49 @@ def test_the_answer_is_whole_in_pieces_or_at_once(stream: bool) -> None:
     assert "" not in client.partials
 
 
-@pytest.mark.parametrize("reason", ["cancelled", "error"])
+@given(st.lists(st.integers(1, 6), max_size=12), st.booleans(), st.integers(0, 8))
+def test_a_stop_string_ends_the_answer_at_the_same_token_however_many_come_at_once(
+    sizes: list[int], stream: bool, min_tokens: int
+) -> None:
+    tokens = TOKENIZER.encode_prompt(TEXT)
+    one_by_one = stopped(tokens, [1] * len(tokens), stream, min_tokens)
+    assert stopped(tokens, sizes, stream, min_tokens) == one_by_one
+    text, count, reason, cancelled = one_by_one
+    before = TEXT.index("字 👩")
+    assert (text, reason, cancelled) == (TEXT[:before], "stop", True)
+    assert before < len(TOKENIZER.decode(tokens[:count])) and "字 👩" not in TOKENIZER.decode(tokens[: count - 1])
+
+
+def stopped(tokens: list[int], sizes: list[int], stream: bool, min_tokens: int) -> tuple[str, int, FinishReason, bool]:
+    """Emit tokens in groups of these sizes, the rest at once; return text, tokens, reason, and whether it was cut."""
+    bench = Bench()
+    sequence, client = bench.open(stream, stop=("字 👩", "zzz"), min_tokens=min_tokens)
+    rest = tokens
+    for size in [*sizes, len(tokens)]:
+        if rest:
+            sequence.listener(sequence, rest[:size], None)
+        rest = rest[size:]
+    sequence.listener(sequence, [], "cancelled")
+    bench.responder.close()
+    assert client.last and client.failure is None
+    assert "".join([*client.partials, client.last[0]]) == client.last[1]
+    return client.last[1], sum(client.tokens), client.last[2], bench.cancelled == [sequence]
+
+
+def test_logprobs_come_with_their_tokens_and_none_after_a_stop() -> None:
+    bench = Bench()
+    sequence, client = bench.open(stream=True, stop=("at",), logprobs=0)
+    tokens = TOKENIZER.encode_prompt(TEXT)
+    for begin in range(0, len(tokens), 3):
+        new = tokens[begin : begin + 3]
+        sequence.logprobs += [(TokenLogprob(token, -1.0, 1),) for token in new]
+        sequence.listener(sequence, new, None)
+    bench.responder.close()
+    assert client.last and client.last[1] == TEXT[: TEXT.index("at")]
+    assert client.logprobs == tokens[: sum(client.tokens)] and sum(client.tokens) < len(tokens)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "error", "timeout"])
 def test_without_an_answer_the_client_hears_why(reason: FinishReason) -> None:
     bench = Bench()
     sequence, client = bench.open(stream=True)
@@ -90,7 +144,7 @@ def test_a_client_that_fails_does_not_disturb_the_others() -> None:
     broken, broken_client = bench.open(stream=True)
     other, client = bench.open(stream=True)
 
-    def refuse(text: str) -> None:
+    def refuse(sequence: Sequence, piece: Piece) -> None:
         raise OSError("gone")
 
     broken_client.partial = refuse  # type: ignore[method-assign]

@@ -11,8 +11,8 @@ from speculative_decoding.sequence import Sequence
 SLOTS, MAX_WAITING = 3, 4
 
 
-def sequence() -> Sequence:
-    return Sequence([1], GenerationOptions(), lambda *event: None)
+def sequence(priority: int = 0) -> Sequence:
+    return Sequence([1], GenerationOptions(priority=priority), lambda *event: None, frozenset())
 
 
 class SlotsStayTrue(RuleBasedStateMachine):
@@ -26,21 +26,21 @@ class SlotsStayTrue(RuleBasedStateMachine):
         self.prefilled: list[Sequence] = []
         self.gone: set[Sequence] = set()
 
-    @rule()
-    def arrive(self) -> None:
-        newcomer, waiting = sequence(), len(self.scheduler.waiting)
-        if waiting < MAX_WAITING:
-            self.scheduler.add(newcomer)
-            self.arrived.append(newcomer)
+    @rule(priority=st.integers(1, 3), count=st.integers(1, 3))
+    def arrive(self, priority: int, count: int) -> None:
+        newcomers, waiting = [sequence(priority) for _ in range(count)], self.scheduler.waiting
+        if waiting + count <= MAX_WAITING + SLOTS - len(self.scheduler.in_slots()):
+            self.scheduler.add(*newcomers)
+            self.arrived += newcomers
         else:
             with pytest.raises(QueueFullError, match=f"{MAX_WAITING} requests are waiting"):
-                self.scheduler.add(newcomer)
-            assert len(self.scheduler.waiting) == waiting
+                self.scheduler.add(*newcomers)
+            assert self.scheduler.waiting == waiting
 
     @rule()
     def prefill(self) -> None:
         free = len(self.scheduler.running) < SLOTS
-        before, line = self.scheduler.prefilling, list(self.scheduler.waiting)
+        before, line = self.scheduler.prefilling, self.scheduler.everyone()[len(self.scheduler.in_slots()) :]
         chosen = self.scheduler.next_prefill()
         assert chosen is (before or (line[0] if line and free else None))
         if chosen and chosen is not before:
@@ -86,10 +86,50 @@ class SlotsStayTrue(RuleBasedStateMachine):
         assert self.scheduler.idle == (not everyone)
 
     @invariant()
-    def who_came_first_is_prefilled_first(self) -> None:
-        order = [self.arrived.index(chosen) for chosen in self.prefilled]
-        assert order == sorted(order)
+    def within_a_level_who_came_first_is_prefilled_first(self) -> None:
+        for level in (1, 2, 3):
+            order = [self.arrived.index(one) for one in self.prefilled if one.options.priority == level]
+            assert order == sorted(order)
+
+    @invariant()
+    def who_waits_is_in_order_of_level(self) -> None:
+        levels = [one.options.priority for one in self.scheduler.everyone()[len(self.scheduler.in_slots()) :]]
+        assert levels == sorted(levels)
 
 
 SlotsStayTrue.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestSlotsStayTrue = SlotsStayTrue.TestCase
+
+
+def test_a_lower_level_is_served_before_a_higher_one_and_first_come_first_served_within() -> None:
+    scheduler = Scheduler(SLOTS, MAX_WAITING)
+    levels = [3, 1, 2, 1]
+    waiting = [sequence(level) for level in levels]
+    scheduler.add(*waiting)
+    served = []
+    while chosen := scheduler.next_prefill():
+        served.append(waiting.index(chosen))
+        scheduler.remove(chosen)
+    assert served == [1, 3, 2, 0]
+
+
+def test_nobody_is_let_in_beyond_the_capacity_and_nobody_overtakes_who_does_not_fit() -> None:
+    sizes = {sequence(): size for size in (6, 5, 1)}
+    scheduler = Scheduler(SLOTS, MAX_WAITING, capacity=10, size=sizes.__getitem__)
+    scheduler.add(*sizes)
+    first, second, third = sizes
+    assert scheduler.next_prefill() is first
+    scheduler.start_decoding()
+    assert scheduler.next_prefill() is None
+    scheduler.remove(first)
+    for expected in (second, third):
+        assert scheduler.next_prefill() is expected
+        scheduler.start_decoding()
+
+
+def test_with_no_queue_there_is_room_for_as_many_as_there_are_slots() -> None:
+    scheduler = Scheduler(SLOTS, 0)
+    scheduler.add(*(sequence() for _ in range(SLOTS)))
+    with pytest.raises(QueueFullError):
+        scheduler.add(sequence())
+    assert scheduler.waiting == SLOTS

@@ -1,5 +1,6 @@
 """Requests and settings: what is taken, and how the rest is refused."""
 
+import json
 import re
 from typing import Any
 
@@ -46,6 +47,30 @@ def test_its_own_parameters_are_no_part_of_the_key_but_the_tenant_is() -> None:
 def test_a_bad_lookup_names_field_value_and_remedy(prompt: bytes, parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(message)):
         parse_lookup(prompt, parameters, POLICY)
+
+
+def chat(*contents: str) -> str:
+    return json.dumps([{"role": "user", "content": content} for content in contents])
+
+
+def test_of_a_chat_the_last_message_is_looked_up_and_what_was_said_before_is_a_wall() -> None:
+    keys = {name: parse_lookup(b"", {"messages": chat(*name)}, POLICY) for name in ("xz", "yz", "xw", "z")}
+    assert [lookup.prompt for lookup in keys.values()] == ["z", "z", "w", "z"]
+    assert keys["xz"].key.partition == keys["xw"].key.partition
+    assert len({keys[name].key.partition for name in ("xz", "yz", "z")}) == 3
+    assert keys["xz"].key.exact != keys["xw"].key.exact
+    assert keys["z"].key.partition != parse_lookup(b"z", {}, POLICY).key.partition
+
+
+@pytest.mark.parametrize("messages", ["", "hello", "[]", "{}", "[1]", '[{"role": "user"}]', "[" * 100_000, 7, True])
+def test_messages_of_another_form_are_refused_by_name(messages: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"messages is .*; it must be a JSON list of objects with role"):
+        parse_lookup(b"", {"messages": messages}, POLICY)
+
+
+def test_a_prompt_beside_messages_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="text_input and messages are both given"):
+        parse_lookup(b"p", {"messages": chat("x")}, POLICY)
 
 
 def test_a_long_value_is_not_repeated_in_full() -> None:

@@ -1,0 +1,41 @@
+"""Sends finished answers to the semantic cache, on a thread of its own: no client waits for it."""
+
+import json
+import queue
+import threading
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from speculative_decoding.triton_tensors import text_tensor
+
+
+class AnswerStore:
+    """A queue of answers, and the thread that stores them."""
+
+    def __init__(self, cache_model: str) -> None:
+        self._cache_model = cache_model
+        self._queue: queue.SimpleQueue[tuple[str, str, dict[str, Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="answer store", daemon=True)
+        self._thread.start()
+
+    def put(self, entry: str, answer: str, info: dict[str, Any]) -> None:
+        """Have `answer` stored under the cache's handle `entry`."""
+        self._queue.put((entry, answer, info))
+
+    def close(self) -> None:
+        """End the thread; what waits is dropped, since the server is going."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            entry, answer, info = item
+            texts = {"text_input": "", "cache_entry": entry, "answer": answer, "answer_info": json.dumps(info)}
+            response = pb_utils.InferenceRequest(
+                model_name=self._cache_model,
+                requested_output_names=["cache_info"],
+                inputs=[text_tensor(name, [text]) for name, text in texts.items()],
+            ).exec()
+            if response.has_error():
+                pb_utils.Logger.log_error(f"an answer was not cached: {response.error().message()}")

@@ -1,0 +1,56 @@
+"""Random numbers that depend on what they are for, and not on who asks, in which order or how often."""
+
+import enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = 2**64 - 1
+RESOLUTION = 2.0**-32  # uniform numbers are odd multiples of half of it
+MAX_GUMBEL = float(-np.log(-np.log1p(-RESOLUTION / 2)))  # no noise is greater
+
+
+class Stream(enum.IntEnum):
+    """What a random number decides; one position may need one of each."""
+
+    CHOICE = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+def gumbel(seed: int, position: int, tokens: NDArray[np.int64], stream: Stream = Stream.CHOICE) -> NDArray[np.float64]:
+    """Return standard Gumbel noise for each of `tokens`, a function of (seed, position, token, stream).
+
+    argmax(log p + noise) is then a sample of p (Gumbel 1954; Maddison et al. 2014).
+    """
+    uniform = (_bits(seed, position, tokens, stream) + 0.5) * RESOLUTION
+    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise
+
+
+def uniform(seed: int, position: int, stream: Stream) -> float:
+    """Return a number between 0 and 1, neither included, a function of (seed, position, stream)."""
+    return float((_bits(seed, position, np.zeros(1, np.int64), stream)[0] + 0.5) * RESOLUTION)
+
+
+def _bits(seed: int, position: int, tokens: NDArray[np.int64], stream: Stream) -> NDArray[np.uint64]:
+    """Return 32 random bits for each token: splitmix64 (Steele et al. 2014) on a counter."""
+    base = _mix((_mix(seed & MASK) + position * len(Stream) + stream) & MASK)
+    bits = tokens.astype(np.uint64)
+    bits *= np.uint64(GOLDEN)
+    bits += np.uint64(base)
+    bits ^= bits >> np.uint64(30)
+    bits *= np.uint64(0xBF58476D1CE4E5B9)
+    bits ^= bits >> np.uint64(27)
+    bits *= np.uint64(0x94D049BB133111EB)
+    bits ^= bits >> np.uint64(31)
+    return bits >> np.uint64(32)
+
+
+def _mix(value: int) -> int:
+    value = (value + GOLDEN) & MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)

@@ -1,0 +1,155 @@
+"""Which token comes next, given logits: one function for draft and target, whoever asks and whatever is beside it."""
+
+import secrets
+from collections.abc import Sequence as Ahead
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel
+from speculative_decoding.options import MAX_SEED, GenerationOptions
+from speculative_decoding.token_counts import TokenCounts
+
+FEW = 64  # tokens for which noise is cheaper than finding out which of them need it
+Row = NDArray[np.float32]  # the logits of one position, [vocabulary]
+
+
+class Distribution(NamedTuple):
+    """What may come next: distinct tokens, and their probabilities, which sum to 1."""
+
+    tokens: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+    def of(self, token: int) -> float:
+        """Return the probability of a token."""
+        return float(self.probabilities[self.tokens == token].sum())
+
+
+class Sampler:
+    """The choices of one sequence.
+
+    A choice is a function of the logits, the request's options and seed, and the tokens before it: not of the draft,
+    the batch or how many positions are asked for at once. `ahead` is what comes between the committed tokens and the
+    position asked for: drafted tokens, of the same round.
+    """
+
+    def __init__(self, options: GenerationOptions, prompt: list[int], ends: frozenset[int]) -> None:
+        """`ends`: the tokens that end this sequence."""
+        self._options = options
+        self._prompt_length = len(prompt)
+        self._length = len(prompt)
+        self._counts = TokenCounts(prompt) if options.has_penalties else None
+        self._bias_tokens = np.array([token for token, _ in options.logit_bias], np.int64)
+        self._biases = np.array([bias for _, bias in options.logit_bias], np.float32)
+        self._ends = np.array(sorted(ends), np.int64)
+        self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
+
+    def commit(self, tokens: list[int]) -> None:
+        """Take in what has become part of the answer."""
+        self._length += len(tokens)
+        if self._counts:
+            for token in tokens:
+                self._counts.add(token)
+
+    def choose(self, logits: Row, ahead: Ahead[int] = (), stream: Stream = Stream.CHOICE) -> int:
+        """Return the next token: a sample of the filtered distribution, or with temperature 0 the likeliest."""
+        logits = self._adjusted(logits, ahead)
+        if not self._options.temperature:
+            return int(logits.argmax())
+        tokens, scaled = _filtered(logits, self._options)
+        position = self._length + len(ahead)
+        return sample(tokens, scaled, self.seed, position, stream)
+
+    def distribution(self, logits: Row, ahead: Ahead[int] = ()) -> Distribution:
+        """Return what choose() samples from."""
+        logits = self._adjusted(logits, ahead)
+        if not self._options.temperature:
+            return Distribution(logits.argmax(keepdims=True), np.ones(1))
+        tokens, scaled = _filtered(logits, self._options)
+        weights = np.exp(scaled)
+        return Distribution(tokens, weights / weights.sum())
+
+    def position(self, ahead: Ahead[int]) -> int:
+        """Return the place in the sequence of the token after `ahead`, which keys its noise."""
+        return self._length + len(ahead)
+
+    def _adjusted(self, logits: Row, ahead: Ahead[int]) -> Row:
+        """Return logits with bias, penalties and the least number of tokens applied."""
+        too_early = self._length + len(ahead) - self._prompt_length < self._options.min_tokens
+        if not (too_early or self._counts or len(self._biases)):
+            return logits
+        logits = logits.copy()
+        inside = self._bias_tokens < len(logits)  # a draft may have fewer logits than the target
+        logits[self._bias_tokens[inside]] += self._biases[inside]
+        if too_early:
+            logits[self._ends[self._ends < len(logits)]] = -np.inf
+        if self._counts:
+            self._penalize(logits, self._counts, ahead)
+        return logits
+
+    def _penalize(self, logits: Row, counts: TokenCounts, ahead: Ahead[int]) -> None:
+        tokens, times = counts.looking_ahead(ahead)
+        inside = tokens < len(logits)
+        tokens, times = tokens[inside], times[inside]
+        penalized = logits[tokens]
+        factor = np.float32(self._options.repetition_penalty)
+        penalized = np.where(penalized > 0, penalized / factor, penalized * factor)
+        penalized -= np.float32(self._options.frequency_penalty) * times
+        penalized -= np.float32(self._options.presence_penalty) * (times > 0)
+        logits[tokens] = penalized
+
+
+def sample(tokens: NDArray[np.int64], scaled: NDArray[np.float64], seed: int, position: int, stream: Stream) -> int:
+    """Return the one of `tokens`, with log-probabilities `scaled` but for a constant, that the noise picks."""
+    if len(tokens) == 1:
+        return int(tokens[0])
+    if len(tokens) > FEW:
+        best = scaled.argmax()
+        least = scaled[best] + float(gumbel(seed, position, tokens[best : best + 1], stream)[0]) - MAX_GUMBEL
+        possible = np.flatnonzero(scaled >= least)  # no noise lifts the others above the likeliest
+        tokens, scaled = tokens[possible], scaled[possible]
+    return int(tokens[(scaled + gumbel(seed, position, tokens, stream)).argmax()])
+
+
+def _filtered(logits: Row, options: GenerationOptions) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the tokens that temperature, min-p, top-k and top-p leave, by id, and log p but for a constant."""
+    scaled = (logits - logits.max()) / np.float32(options.temperature)
+    kept = _likeliest(scaled, options.top_k) if 0 < options.top_k < len(scaled) else None
+    if options.min_p:
+        kept = _narrowed(kept, np.flatnonzero((scaled if kept is None else scaled[kept]) >= np.log(options.min_p)))
+    if options.top_p < 1:
+        kept = _narrowed(kept, _nucleus(scaled if kept is None else scaled[kept], options.top_p))
+    if kept is None:
+        return np.arange(len(scaled)), scaled.astype(np.float64)
+    return kept, scaled[kept].astype(np.float64)
+
+
+def _narrowed(kept: NDArray[np.int64] | None, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return what stands at these places of what is kept, None meaning all."""
+    return places if kept is None else kept[places]
+
+
+def _likeliest(scaled: Row, count: int) -> NDArray[np.int64]:
+    """Return the `count` likeliest tokens, the lower id before the higher where they tie."""
+    least = np.partition(scaled, len(scaled) - count)[len(scaled) - count]
+    tokens = np.flatnonzero(scaled >= least)
+    if len(tokens) > count:
+        tokens = np.sort(tokens[np.argsort(-scaled[tokens], kind="stable")[:count]])
+    return tokens
+
+
+def _nucleus(scaled: Row, top_p: float) -> NDArray[np.int64]:
+    """Return the places of the fewest likeliest entries whose probabilities sum to `top_p` (Holtzman et al. 2020).
+
+    The likeliest entry is 0.
+    """
+    weights = np.exp(scaled)
+    total = float(weights.sum(dtype=np.float64))
+    if top_p * total <= 1:  # the likeliest alone
+        return np.array([scaled.argmax()])
+    # All that are less likely than this sum to less than 1 - top_p: not worth sorting.
+    likely = np.flatnonzero(weights >= total * (1 - top_p) / len(weights))
+    order = likely[np.argsort(-weights[likely], kind="stable")]
+    sums = np.cumsum(weights[order], dtype=np.float64)
+    return np.sort(order[: int(np.searchsorted(sums, top_p * total)) + 1])

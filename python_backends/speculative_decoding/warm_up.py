@@ -1,0 +1,83 @@
+"""Measure, when a model is loaded, what its calls cost."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from speculative_decoding.drafter import ModelDrafter
+from speculative_decoding.language_model import LanguageModel
+from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
+
+PAST = 64  # tokens in each slot while measuring
+REPEATS = 3
+PREFILL_WIDTHS = (16, 64)
+WIDTHS = (2, 3, 5)  # measured between one token and the longest draft
+LEAST_BUDGET_S = 0.5
+BUDGET_STEPS = 40  # a slow model may take so many of its own steps
+
+
+def measure_costs(target: LanguageModel, drafter: ModelDrafter | None, longest: int) -> StepCosts:
+    """Return what drafting and verifying up to `longest` tokens costs with these models, whose slots are empty.
+
+    It takes a second or so; what a slow model has no time for is taken to lie on straight lines.
+    """
+    verify = _measure(target, longest + 1)
+    verify = {(rows, width - 1): seconds for (rows, width), seconds in verify.items()}
+    few, many = ((width, _timed(target, 1, width)) for width in PREFILL_WIDTHS)
+    prefill = PrefillCost.through(few, many)
+    draft_steps = _draft_steps(drafter, target.slots, longest) if drafter else {(1, 0): 0.0}
+    return StepCosts(
+        CostTable.interpolate(target.slots, draft_steps), CostTable.interpolate(target.slots, verify), prefill
+    )
+
+
+def _draft_steps(drafter: ModelDrafter, slots: int, longest: int) -> dict[tuple[int, int], float]:
+    """Return seconds of drafting by (rows, length)."""
+    lengths = sorted({1, 2, longest // 2, longest} - {0})
+    seconds = {(rows, 0): 0.0 for rows in (1, slots)}
+    for rows in sorted({1, slots}):
+        for length in lengths:
+            seconds[rows, length] = _least_seconds(partial(drafter.rehearse, rows, length))
+    return seconds
+
+
+def _measure(model: LanguageModel, widest: int) -> dict[tuple[int, int], float]:
+    """Return seconds of a call by (rows, width): the extremes, then what lies between for as long as there is time."""
+    began = time.perf_counter()
+    extremes = sorted({1, widest})
+    between = [width for width in WIDTHS if width < widest]
+    middle_rows = [1 << power for power in range(1, 10) if 1 << power < model.slots]
+    measured = {(rows, width): _timed(model, rows, width) for rows in sorted({1, model.slots}) for width in extremes}
+    budget_s = max(LEAST_BUDGET_S, BUDGET_STEPS * measured[1, 1])
+    for rows, widths in [(1, between), *((rows, extremes) for rows in middle_rows), (model.slots, between)]:
+        if time.perf_counter() - began < budget_s:
+            measured.update({(rows, width): _timed(model, rows, width) for width in widths})
+    return measured
+
+
+def _timed(model: LanguageModel, rows: int, width: int) -> float:
+    """Return the seconds of a call."""
+    tokens, counts = np.zeros((rows, width), np.int64), np.full(rows, width, np.int32)
+    past = min(PAST, model.context_length - width)
+
+    def call() -> None:
+        model.lengths[:rows] = past
+        model.forward(0, tokens, counts)
+
+    seconds = _least_seconds(call)
+    model.lengths[:] = 0
+    return seconds
+
+
+def _least_seconds(call: Callable[[], None]) -> float:
+    """Return the least seconds of a few calls, after one that does not count: what disturbs only ever adds."""
+    call()
+    return min(_seconds(call) for _ in range(REPEATS))
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
