@@ -71,12 +71,20 @@ def plot(path: Path, models: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
         losses = [min(max(values["loss"], 0), 0.05) * 100 for values in points.values()]
         x, y = ([values[key] for values in points.values()] for key in ("mb", "ms"))
         drawn: Any = axis.scatter(x, y, c=losses, cmap="RdYlGn_r", vmin=0, vmax=5, s=90, edgecolors="black")
-        for precision, values in points.items():
-            axis.annotate(
-                precision, (values["mb"], values["ms"]), xytext=(7, 5), textcoords="offset points", fontsize=8
-            )
-        axis.set(title=name, xlabel="size, MB", ylabel="p50 latency at batch 8, ms", ylim=(0, None), xlim=(0, None))
-        axis.margins(0.15)
+        right, top = 1.25 * max(x), 1.12 * max(y)
+        axis.set(title=name, xlabel="size, MB", ylabel="p50 latency at batch 8, ms", xlim=(0, right), ylim=(0, top))
+        _label(axis, points, right, top)
         figure.colorbar(drawn, ax=axis, label="quality loss, % (5 and more: red)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _label(axis: Any, points: Mapping[str, Mapping[str, float]], right: float, top: float) -> None:
+    """Write each point's name beside it, one above the other where points lie close together."""
+    taken: list[tuple[float, float]] = []
+    for precision, values in sorted(points.items(), key=lambda item: item[1]["ms"]):
+        x, y = values["mb"], values["ms"]
+        while any(abs(x - left) < 0.2 * right and abs(y - height) < 0.035 * top for left, height in taken):
+            y += 0.035 * top
+        taken.append((x, y))
+        axis.text(x + 0.02 * right, y, precision, fontsize=8, va="center")
