@@ -15,13 +15,17 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: the text, its pieces as they came, the server's info, and client-side times."""
+    """What came back: the text, its pieces as they came, the server's info, and client-side times.
+
+    first_ms: to the first response; arrivals_ms: of all pieces that have text.
+    """
 
     text: str
     pieces: list[str]
     info: dict[str, Any]
     first_ms: float
     total_ms: float
+    arrivals_ms: list[float]
 
 
 class GenerateClient:
@@ -49,6 +53,7 @@ class GenerateClient:
         started = time.perf_counter()
         self._client.async_stream_infer(self._model, [tensor], parameters=parameters)
         pieces: list[str] = []
+        arrivals: list[float] = []
         first = 0.0
         while True:
             result, error = self._responses.get(timeout=TIMEOUT_S)
@@ -57,6 +62,8 @@ class GenerateClient:
                 raise error
             first = first or elapsed
             pieces.append(result.as_numpy("text_output").item().decode())
+            if pieces[-1]:
+                arrivals.append(elapsed)
             if result.get_response().parameters["triton_final_response"].bool_param:
                 info = json.loads(result.as_numpy("info").item())
-                return Answer("".join(pieces), [piece for piece in pieces if piece], info, first, elapsed)
+                return Answer("".join(pieces), [piece for piece in pieces if piece], info, first, elapsed, arrivals)
