@@ -1,16 +1,39 @@
 """Which drafted tokens stand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Row
 
 import numpy as np
 
+from speculative_decoding.decoder import Logits
 from speculative_decoding.noise import Stream, uniform
 from speculative_decoding.sampling import Distribution, sample
+from speculative_decoding.sequence import Sequence
 
 Choose = Callable[[int], int]  # the target's choice after the committed tokens and so many drafted ones
 
 
-def accept(drafted: Sequence[int], choose: Choose) -> list[int]:
+def accept_drafts(sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits) -> list[int]:
+    """Return the tokens to commit: 1 to k + 1 of k drafted, given the target's logits [k + 1, vocabulary].
+
+    proposed: what each was sampled from, where drafts are judged by rejection.
+    """
+    sampler = sequence.sampler
+    if sequence.options.is_bare:
+        best = logits.argmax(-1).tolist()
+        return accept(drafted, best.__getitem__)
+    if sequence.by_rejection:
+        return accept_by_rejection(
+            drafted,
+            proposed,
+            lambda place: sampler.distribution(logits[place], drafted[:place]),
+            sampler.seed,
+            len(sequence.tokens),
+        )
+    return accept(drafted, lambda place: sampler.choose(logits[place], drafted[:place]))
+
+
+def accept(drafted: Row[int], choose: Choose) -> list[int]:
     """Return the tokens to commit after a round: the drafted ones that the target would have chosen, then its own next.
 
     A drafted token stands when it equals the target's choice and all before it stood, so what is returned (1 to k + 1
@@ -26,8 +49,8 @@ def accept(drafted: Sequence[int], choose: Choose) -> list[int]:
 
 
 def accept_by_rejection(
-    drafted: Sequence[int],
-    proposed: Sequence[Distribution],
+    drafted: Row[int],
+    proposed: Row[Distribution],
     wanted: Callable[[int], Distribution],
     seed: int,
     position: int,

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from speculative_decoding.decoder import Decoder
 from speculative_decoding.draft_loop import LARGEST_BYTES, DraftLoop
+from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
 from speculative_decoding.sampling import Distribution
@@ -44,6 +46,18 @@ class Drafter(ABC):
         """Propose lengths[r] tokens for row r."""
 
     @abstractmethod
+    def slot(self, slot: int) -> SlotMemory:
+        """Return a slot's keys and values."""
+
+    @abstractmethod
+    def seen(self, slot: int) -> int:
+        """Return how many tokens a slot has the keys and values of."""
+
+    @abstractmethod
+    def resume(self, slot: int, length: int) -> None:
+        """Say that the keys and values of the first `length` tokens have been written to a slot."""
+
+    @abstractmethod
     def commit(self, slot: int, length: int) -> None:
         """Say that the sequence in `slot` now has `length` committed tokens, whatever was proposed."""
 
@@ -55,11 +69,12 @@ class Drafter(ABC):
 class ModelDrafter(Drafter):
     """A small language model decodes ahead of the target, choosing as the target would."""
 
-    def __init__(self, model: LanguageModel, loops: Collection[int] = ()) -> None:
+    def __init__(self, model: Decoder, loops: Collection[int] = ()) -> None:
         """`loops`: numbers of greedy steps to have in one call, where the model is small enough to gain by it."""
         self._model = model
-        small = model.weight_bytes <= LARGEST_BYTES
-        self._loops = [DraftLoop(model, steps) for steps in sorted(loops)] if small else []
+        self._loops: list[DraftLoop] = []
+        if isinstance(model, LanguageModel) and model.weight_bytes <= LARGEST_BYTES:
+            self._loops = [DraftLoop(model, steps) for steps in sorted(loops)]
 
     @property
     def ran_s(self) -> float:
@@ -136,6 +151,22 @@ class ModelDrafter(Drafter):
         for row, tokens in enumerate(unseen):
             padded[row, : len(tokens)] = tokens
         return padded, counts
+
+    @property
+    def model(self) -> Decoder:
+        """The draft model."""
+        return self._model
+
+    def slot(self, slot: int) -> SlotMemory:
+        assert isinstance(self._model, LanguageModel)
+        return self._model.slot(slot)
+
+    def seen(self, slot: int) -> int:
+        return int(self._model.lengths[slot])
+
+    def resume(self, slot: int, length: int) -> None:
+        assert isinstance(self._model, LanguageModel)
+        self._model.resume(slot, length)
 
     def commit(self, slot: int, length: int) -> None:
         self._model.truncate(slot, max(0, length - 1))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from speculative_decoding.attention_inputs import attend_to_one_more, use_explicit_lengths
 from speculative_decoding.execution_provider import CPU, Provider
+from speculative_decoding.kv_layout import FLOAT_BYTES, KeyValueShape, SlotMemory
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
@@ -36,6 +37,11 @@ class DecoderShape:
     context_length: int
     end_tokens: frozenset[int]
     filename: str
+
+    @property
+    def key_values(self) -> KeyValueShape:
+        """What a token adds to a slot."""
+        return KeyValueShape(self.layers, self.kv_heads, self.head_size)
 
     @classmethod
     def load(cls, folder: Path) -> "DecoderShape":
@@ -76,14 +82,15 @@ class LanguageModel:
         self.lengths: Counts = np.zeros(slots, np.int32)
         self.ran_s = 0.0  # within ONNX Runtime, so far
         self._path = folder / self.shape.filename
-        self._options = _session_options(self._path.parent, threads, spinning)
+        self._options = session_options(self._path.parent, threads, spinning)
         self._provider = provider
         self._session = self.open_session(self.graph())
         size = (slots, self.shape.kv_heads, self.shape.context_length, self.shape.head_size)
-        self.caches: dict[str, NDArray[np.float32]] = {}  # [slots, heads, context, head size]
+        self._memory = np.zeros((self.shape.key_values.planes, *size), np.float32)
+        self.caches: dict[str, NDArray[np.float32]] = {}  # [slots, heads, context, head size], views of it
         for layer in range(self.shape.layers):
-            for kind in ("key", "value"):
-                self.caches[f"{layer}.{kind}"] = np.zeros(size, np.float32)
+            for place, kind in enumerate(("key", "value")):
+                self.caches[f"{layer}.{kind}"] = self._memory[2 * layer + place]
         self._calls: dict[tuple[int, int, int], _BoundCall] = {}
         self._logits = np.empty(slots * KEPT_WIDTH * self.shape.vocabulary, np.float32)  # shared by the kept calls
 
@@ -105,7 +112,15 @@ class LanguageModel:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes."""
-        return 2 * 4 * self.shape.layers * self.shape.kv_heads * self.shape.head_size
+        return FLOAT_BYTES * self.shape.key_values.floats_per_token
+
+    def slot(self, slot: int) -> SlotMemory:
+        """Return a slot's keys and values, all layers', as a view."""
+        return self._memory[:, slot]
+
+    def resume(self, slot: int, length: int) -> None:
+        """Say that the first `length` tokens of a slot have been written to its memory."""
+        self.lengths[slot] = length
 
     def graph(self) -> onnx.ModelProto:
         """Return the decoder's graph as it runs: with explicit lengths, and attention's padding."""
@@ -190,7 +205,7 @@ class _BoundCall:
         self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _session_options(folder: Path, threads: int, spinning: bool) -> Any:
+def session_options(folder: Path, threads: int, spinning: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")

@@ -1,5 +1,7 @@
 """The decoder's Prometheus metrics, on Triton's metrics port."""
 
+import logging
+import sqlite3
 import threading
 from itertools import accumulate
 from typing import Any
@@ -8,8 +10,12 @@ import triton_python_backend_utils as pb_utils
 
 from speculative_decoding.engine import Engine
 from speculative_decoding.engine_statistics import INTER_TOKEN_BUCKETS_S, Statistics
+from speculative_decoding.kv_cache import KVCache
+from speculative_decoding.reuse_metrics import ReuseMetrics
 from speculative_decoding.sequence import FinishReason, Sequence
+from speculative_decoding.sessions import Sessions
 
+logger = logging.getLogger(__name__)
 SECONDS_BUCKETS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
 PUBLISH_INTERVAL_S = 1.0
 TOTALS = {
@@ -24,10 +30,23 @@ TOTALS = {
 
 
 class Metrics:
-    """Publishes the engine's statistics every PUBLISH_INTERVAL_S seconds; requests are counted as they end."""
+    """Publishes the engine's statistics every PUBLISH_INTERVAL_S seconds; requests are counted as they end.
 
-    def __init__(self, model: str, engine: Engine, bytes_per_token: int, rows_are_independent: bool) -> None:
+    Thread-safe: each of Triton's metrics has one message to the server, and tritonserver (2.51) crashes when two
+    threads fill it in at one time.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        engine: Engine,
+        bytes_per_token: int,
+        rows_are_independent: bool,
+        kv_cache: KVCache | None,
+        sessions: Sessions,
+    ) -> None:
         self._model = model
+        self._updating = threading.Lock()
         self._engine = engine
         self._bytes_per_token = bytes_per_token
         self._families: list[Any] = []  # a metric dies with its family
@@ -52,6 +71,7 @@ class Metrics:
         self._metric("GAUGE", "rows_independent", "1 if what is fed together cannot change a token").set(
             int(rows_are_independent)
         )
+        self._reuse = ReuseMetrics(kv_cache, sessions, self._metric)
         self._published = Statistics()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="metrics", daemon=True)
@@ -59,12 +79,14 @@ class Metrics:
 
     def answered(self, sequence: Sequence, reason: FinishReason) -> None:
         """Count a finished answer."""
-        self._first_token.observe(sequence.first_token - sequence.arrived)
+        with self._updating:
+            self._first_token.observe(sequence.first_token - sequence.arrived)
         self.failed(reason)
 
     def failed(self, reason: FinishReason) -> None:
         """Count how an answer ended."""
-        self._finished.increment(reason, 1)
+        with self._updating:
+            self._finished.increment(reason, 1)
 
     def close(self) -> None:
         """End the thread."""
@@ -74,10 +96,15 @@ class Metrics:
     def _watch(self) -> None:
         while not self._closed.wait(PUBLISH_INTERVAL_S):
             load = self._engine.load()
-            self._running.set(load.running)
-            self._waiting.set(load.waiting)
-            self._kv_bytes.set(load.tokens * self._bytes_per_token)
-            self._publish(self._engine.statistics.copy())
+            with self._updating:
+                self._running.set(load.running)
+                self._waiting.set(load.waiting)
+                self._kv_bytes.set(load.tokens * self._bytes_per_token)
+                self._publish(self._engine.statistics.copy())
+            try:
+                self._reuse.publish()
+            except sqlite3.Error:
+                logger.exception("the number of sessions could not be read")
 
     def _publish(self, now: Statistics) -> None:
         before, self._published = self._published, now

@@ -1,16 +1,18 @@
 """What a request may ask for, checked once, where it enters."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from speculative_decoding import validation
+from speculative_decoding import session_request, validation
 from speculative_decoding.messages import Message, parse_messages
 from speculative_decoding.validation import InvalidOptionError, refuse
 
-# Parameters of other steps of the ensemble, and of Triton itself, that reach this model too.
-NOT_OURS = frozenset({"cache", "tenant", "cache_ttl_s"})
+# Parameters of other steps of the ensemble, of sessions, and of Triton itself, that reach this model too.
+NOT_OURS = frozenset({"cache"}) | session_request.NAMES
+CACHE_PREFIX = "cache_"
 MAX_SPECULATION_LENGTH = 16
 MAX_LOGPROBS = 5
 MAX_ANSWERS = 16
@@ -18,6 +20,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 1024
 MAX_SEED = 2**63 - 1
+MAX_TENANT_LENGTH = 128  # characters, as in the semantic cache
 
 Acceptance = Literal["exact", "rejection"]
 DrafterName = Literal["auto", "model", "prompt_lookup", "none"]
@@ -38,6 +41,7 @@ class GenerationOptions:
     speculation_length: at most so many tokens drafted per round, 0 for plain decoding, None for the model's default.
     acceptance: "exact" gives the tokens of plain decoding, "rejection" tokens of the same distribution. priority: a
     lower level is served first, 0 for the default level. timeout: microseconds from arrival to the answer, 0 for any.
+    tenant: whose cached keys and values may be used.
     """
 
     max_tokens: int = 128
@@ -63,6 +67,7 @@ class GenerationOptions:
     drafter: DrafterName = "auto"
     priority: int = 0
     timeout: int = 0
+    tenant: str = "default"
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any], vocabulary: int) -> "GenerationOptions":
@@ -70,7 +75,7 @@ class GenerationOptions:
         given = {
             name: value
             for name, value in parameters.items()
-            if name not in NOT_OURS and not name.startswith("triton_") and value is not None
+            if name not in NOT_OURS and not name.startswith((CACHE_PREFIX, "triton_")) and value is not None
         }
         checks = _checks(vocabulary)
         if unknown := sorted(given.keys() - checks.keys()):
@@ -92,6 +97,10 @@ class GenerationOptions:
         if index == 0 or self.seed is None:
             return self
         return replace(self, seed=(self.seed + index) % (MAX_SEED + 1))
+
+    def deadline(self, arrived: float) -> float:
+        """Return when the client of a request that arrived then stops waiting."""
+        return arrived + self.timeout / 1e6 if self.timeout else math.inf
 
     @property
     def is_bare(self) -> bool:
@@ -131,4 +140,5 @@ def _checks(vocabulary: int) -> dict[str, Callable[[str, Any], Any]]:
         "drafter": partial(validation.choice, choices=DRAFTERS),
         "priority": partial(integer, least=0),
         "timeout": partial(integer, least=0),
+        "tenant": partial(validation.name, longest=MAX_TENANT_LENGTH),
     }

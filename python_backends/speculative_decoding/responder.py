@@ -43,7 +43,7 @@ class Reply(Protocol):
     def complete(self, sequence: Sequence, last: Piece, whole: Piece, reason: FinishReason) -> None:
         """Send the last response: `last` is what has not been sent yet, `whole` all of the answer."""
 
-    def fail(self, sequence: Sequence, reason: FinishReason) -> None:
+    def fail(self, reason: FinishReason) -> None:
         """Say that there is no answer."""
 
     def is_cancelled(self) -> bool:
@@ -156,7 +156,7 @@ class Responder:
             self._finish(sequence, conversation, "stop" if conversation.flush() else reason)
         elif reason:
             del self._conversations[sequence]
-            conversation.reply.fail(sequence, reason)
+            conversation.reply.fail(reason)
         elif sequence.options.stream and (piece := conversation.unsent()):
             conversation.reply.partial(sequence, piece)
 

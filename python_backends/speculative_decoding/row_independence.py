@@ -3,14 +3,14 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from speculative_decoding.language_model import LanguageModel
+from speculative_decoding.decoder import Decoder
 
 PAST = 12  # tokens in a slot before the comparison
 WIDTHS = (2, 5, 9)  # tokens at once: a round verifies one more than it drafts
 ROWS = 4
 
 
-def rows_are_independent(model: LanguageModel) -> bool:
+def rows_are_independent(model: Decoder) -> bool:
     """Return whether logits have the same bits fed one token at a time, several at once, and among other rows.
 
     The rows hold different tokens, and their order is changed too. All slots are empty before and after.
@@ -35,20 +35,20 @@ def rows_are_independent(model: LanguageModel) -> bool:
             model.truncate(slot, 0)
 
 
-def _one_by_one(model: LanguageModel, prompt: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def _one_by_one(model: Decoder, prompt: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return logits [1, tokens, vocabulary] of decoding without speculation, alone."""
     _prefill(model, prompt)
     one = np.ones(1, np.int32)
     return np.concatenate([model.forward(0, token.reshape(1, 1), one).copy() for token in tokens], axis=1)
 
 
-def _at_once(model: LanguageModel, prompts: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def _at_once(model: Decoder, prompts: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return logits [rows, tokens, vocabulary] of one call."""
     _prefill(model, prompts)
-    return model.forward(0, tokens, np.full(len(tokens), tokens.shape[1], np.int32))
+    return model.forward(0, tokens, np.full(len(tokens), tokens.shape[1], np.int32)).copy()
 
 
-def _prefill(model: LanguageModel, prompts: NDArray[np.int64]) -> None:
+def _prefill(model: Decoder, prompts: NDArray[np.int64]) -> None:
     for slot, prompt in enumerate(prompts):
         model.truncate(slot, 0)
         model.forward(slot, prompt[None], np.array([len(prompt)], np.int32))

@@ -1,6 +1,5 @@
 """One answer on its way through the engine."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ Listener = Callable[["Sequence", list[int], FinishReason | None], None]
 class Sequence:
     """A prompt, what has been decoded of one answer to it, and what that took.
 
-    model_ends: the model's end tokens. index: which of a request's answers it is. logprobs: of each token of the
-    answer, when asked for.
+    model_ends: the model's end tokens. index: which of a request's answers it is. reused: tokens of the prompt whose
+    keys and values were in the cache. logprobs: of each token of the answer, when asked for.
     """
 
     prompt: list[int]
@@ -31,6 +30,7 @@ class Sequence:
     listener: Listener
     model_ends: frozenset[int]
     index: int = 0
+    arrived: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(init=False)  # prompt and answer: what is committed
     ends: frozenset[int] = field(init=False)
     sampler: Sampler = field(init=False)
@@ -39,9 +39,9 @@ class Sequence:
     logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     submitted: bool = False
     cancelled: bool = False
+    reused: int = 0
     drafted: int = 0
     accepted: int = 0
-    arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -67,12 +67,23 @@ class Sequence:
     @property
     def deadline(self) -> float:
         """When its client stops waiting, on time.monotonic()'s clock."""
-        return self.arrived + self.options.timeout / 1e6 if self.options.timeout else math.inf
+        return self.options.deadline(self.arrived)
 
     @property
     def acceptance_rate(self) -> float | None:
         """Share of drafted tokens that the target accepted, None when none was drafted."""
         return self.accepted / self.drafted if self.drafted else None
+
+    def until_end(self, tokens: list[int], context: int) -> tuple[list[int], FinishReason | None]:
+        """Return those of the next tokens that the answer still takes, and why it ends with them, if it does.
+
+        context: tokens that prompt and answer can have.
+        """
+        room = min(self.options.max_tokens - self.answered, context - len(self.tokens))
+        for place, token in enumerate(tokens[:room]):
+            if token in self.ends:
+                return tokens[:place], "stop"
+        return tokens[:room], "length" if len(tokens) >= room else None
 
     def commit(self, tokens: list[int]) -> None:
         """Take in what has become part of the answer."""

@@ -1,10 +1,12 @@
 """What config.pbtxt sets for a language model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from speculative_decoding.options import MAX_SPECULATION_LENGTH
+from speculative_decoding.parameters import take_choice, take_integer
+from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.tokenizer import PromptFormat
 
 
@@ -17,7 +19,8 @@ class Settings:
     much as the slots hold. priority_levels, default_priority_level: as Triton's, level 1 is served first.
     speculation_length: tokens drafted per round at most, unless a request says otherwise. threads
     (intra_op_thread_count): the target's, 0 for one per core. prompt_format: "chat" renders text_input as one user
-    message, "raw" takes it as it is. cache_model: the model that answers are sent to, to be stored.
+    message, "raw" takes it as it is. cache_model: the model that answers are sent to, to be stored. reuse: the
+    key/value cache and sessions.
     """
 
     max_sequences: int = 8
@@ -29,21 +32,25 @@ class Settings:
     threads: int = 0
     prompt_format: PromptFormat = "raw"
     cache_model: str = "semantic_cache"
+    reuse: ReuseSettings = field(default_factory=ReuseSettings)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
         """Read Triton's JSON form of a config.pbtxt. Raises ValueError naming the parameter that is wrong."""
         given = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+        longest = take_integer(given, "speculation_length", 0, MAX_SPECULATION_LENGTH, cls.speculation_length)
+        prompt_format = take_choice(given, "prompt_format", ("chat", "raw"), cls.prompt_format)
         settings = cls(
-            max_sequences=_integer(given, "max_sequences", 1, 1024, cls.max_sequences),
-            max_waiting=_integer(given, "max_waiting", 0, 1_000_000, cls.max_waiting),
-            kv_bytes=_integer(given, "kv_bytes", 0, 1 << 60, cls.kv_bytes),
-            priority_levels=_integer(given, "priority_levels", 1, 1000, cls.priority_levels),
-            default_priority_level=_integer(given, "default_priority_level", 1, 1000, cls.default_priority_level),
-            speculation_length=_integer(given, "speculation_length", 0, MAX_SPECULATION_LENGTH, cls.speculation_length),
-            threads=_integer(given, "intra_op_thread_count", 0, 1024, cls.threads),
-            prompt_format=_prompt_format(given.pop("prompt_format", cls.prompt_format)),
+            max_sequences=take_integer(given, "max_sequences", 1, 1024, cls.max_sequences),
+            max_waiting=take_integer(given, "max_waiting", 0, 1_000_000, cls.max_waiting),
+            kv_bytes=take_integer(given, "kv_bytes", 0, 1 << 60, cls.kv_bytes),
+            priority_levels=take_integer(given, "priority_levels", 1, 1000, cls.priority_levels),
+            default_priority_level=take_integer(given, "default_priority_level", 1, 1000, cls.default_priority_level),
+            speculation_length=longest,
+            threads=take_integer(given, "intra_op_thread_count", 0, 1024, cls.threads),
+            prompt_format=cast(PromptFormat, prompt_format),
             cache_model=given.pop("cache_model", cls.cache_model),
+            reuse=ReuseSettings.take(given),
         )
         if given:
             raise ValueError(f"unknown parameter {sorted(given)[0]!r} in config.pbtxt")
@@ -53,16 +60,3 @@ class Settings:
                 f"parameter default_priority_level is {level}; it must be at most priority_levels, {levels}"
             )
         return settings
-
-
-def _integer(given: dict[str, str], name: str, least: int, most: int, default: int) -> int:
-    text = given.pop(name, str(default))
-    if not text.isdecimal() or not least <= int(text) <= most:
-        raise ValueError(f"parameter {name} is {text!r}; it must be an integer from {least} to {most}")
-    return int(text)
-
-
-def _prompt_format(text: str) -> PromptFormat:
-    if text not in ("chat", "raw"):
-        raise ValueError(f'parameter prompt_format is {text!r}; it must be "chat" or "raw"')
-    return cast(PromptFormat, text)

@@ -74,13 +74,15 @@ class Speculation:
             sequence.rates[source].update(drafted, accepted)
             self._rates[source].update(drafted, accepted)
 
-    def record_round(self, rows: int, lengths: NDArray[np.int32], seconds: float) -> None:
-        """Learn from what a round took altogether, and account for what probing costs."""
+    def record_round(self, drafts: Drafts, seconds: float, verify_s: float) -> None:
+        """Learn from what a round took, and its part after drafting, and account for what probing costs."""
         if not self._costs:
             return
+        rows, longest = drafts.tokens.shape
+        self._costs.verify.observe(rows, longest, verify_s)
         if self._is_probe:
             self._probing_s -= max(0.0, seconds - float(self._costs.verify.row(rows)[0]))
-        elif not lengths.any():
+        elif not longest:
             self._plain_rounds += 1
             self._probing_s = min(self._probing_s + PROBING * seconds, MOST_PROBES * seconds)
 

@@ -30,7 +30,7 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._prompt_format = prompt_format
+        self.prompt_format = prompt_format
         config = _config(folder)
         self._special = {name: text for name in SPECIAL if (text := _token_text(config.get(name))) is not None}
         source = _chat_template(folder, config)
@@ -41,22 +41,29 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the tokens of a prompt, rendered in this model's prompt format. Raises InvalidOptionError."""
-        if self._prompt_format == "chat":
+        if self.prompt_format == "chat":
             return self.encode_messages((Message("user", text),), "text_input")
         tokens: list[int] = self._tokenizer.encode(text).ids
         return tokens
 
     def encode_messages(self, messages: Sequence[Message], field: str = "messages") -> list[int]:
         """Return the tokens of a chat, rendered by the model's template. Raises InvalidOptionError naming `field`."""
+        return self.encode(self.render([message._asdict() for message in messages], True, field))
+
+    def render(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool, field: str = "messages") -> str:
+        """Return a chat as the model's template writes it, open for an answer or not. Raises InvalidOptionError."""
         if self._template is None:
             raise InvalidOptionError(f"{field} cannot be taken: this model has no chat template; send text_input")
         try:
-            rendered = self._template.render(
-                messages=[message._asdict() for message in messages], add_generation_prompt=True, **self._special
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._special
             )
         except TemplateError as error:
             raise InvalidOptionError(f"{field} was refused by the model's chat template: {error}") from error
-        tokens: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False).ids
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of `text`, special ones within it recognised and none added."""
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return tokens
 
     def token_text(self, token: int) -> str:
@@ -67,6 +74,11 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         """Return the text of `tokens`, special tokens left out."""
         text: str = self._tokenizer.decode(tokens)
+        return text
+
+    def decode_all(self, tokens: Sequence[int]) -> str:
+        """Return the text of `tokens`, special ones as templates write them."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=False)
         return text
 
     def vocabulary(self) -> dict[str, int]:

@@ -52,6 +52,13 @@ def choice(name: str, value: object, choices: Collection[str]) -> str:
     return value
 
 
+def name(field: str, value: object, longest: int) -> str:
+    """Return a string of 1 to `longest` characters. Raises InvalidOptionError."""
+    if not isinstance(value, str) or not 0 < len(value) <= longest:
+        raise refuse(field, value, f"a string of 1 to {longest} characters")
+    return value
+
+
 def strings(name: str, value: object, most: int, longest: int) -> tuple[str, ...]:
     """Return the strings of a list, of a JSON list, or one string alone. Raises InvalidOptionError."""
     right = f"a string, or a JSON list of at most {most} strings, each of 1 to {longest} characters"

@@ -6,8 +6,8 @@ from functools import partial
 
 import numpy as np
 
+from speculative_decoding.decoder import Decoder
 from speculative_decoding.drafter import ModelDrafter
-from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
 
 PAST = 64  # tokens in each slot while measuring
@@ -18,7 +18,7 @@ LEAST_BUDGET_S = 0.5
 BUDGET_STEPS = 40  # a slow model may take so many of its own steps
 
 
-def measure_costs(target: LanguageModel, drafter: ModelDrafter | None, longest: int) -> StepCosts:
+def measure_costs(target: Decoder, drafter: ModelDrafter | None, longest: int) -> StepCosts:
     """Return what drafting and verifying up to `longest` tokens costs with these models, whose slots are empty.
 
     It takes a second or so; what a slow model has no time for is taken to lie on straight lines.
@@ -43,7 +43,7 @@ def _draft_steps(drafter: ModelDrafter, slots: int, longest: int) -> dict[tuple[
     return seconds
 
 
-def _measure(model: LanguageModel, widest: int) -> dict[tuple[int, int], float]:
+def _measure(model: Decoder, widest: int) -> dict[tuple[int, int], float]:
     """Return seconds of a call by (rows, width): the extremes, then what lies between for as long as there is time."""
     began = time.perf_counter()
     extremes = sorted({1, widest})
@@ -57,7 +57,7 @@ def _measure(model: LanguageModel, widest: int) -> dict[tuple[int, int], float]:
     return measured
 
 
-def _timed(model: LanguageModel, rows: int, width: int) -> float:
+def _timed(model: Decoder, rows: int, width: int) -> float:
     """Return the seconds of a call."""
     tokens, counts = np.zeros((rows, width), np.int64), np.full(rows, width, np.int32)
     past = min(PAST, model.context_length - width)

@@ -255,10 +255,22 @@ def test_without_stream_there_is_exactly_one_response(server: TritonServer) -> N
         assert len(stream_http(server, QUESTIONS[2], **{"cache": "off", "stream": False})) == 1
 
 
-def test_a_hit_is_a_stream_of_one_response(server: TritonServer, tenant: str) -> None:
+def test_a_hit_replays_as_a_stream(server: TritonServer, tenant: str) -> None:
     hit = ask_until_cached(server, PROMPT, tenant=tenant)
-    [(text, info)] = stream_http(server, PROMPT, tenant=tenant)
-    assert (text, json.loads(info)["source"]) == (hit.text, "exact")
+    replayed = stream_http(server, PROMPT, tenant=tenant)
+    assert len(replayed) > 1
+    assert "".join(text for text, _ in replayed) == hit.text
+    assert json.loads(replayed[-1][1])["source"] == "exact" and not any(info for _, info in replayed[:-1])
+
+
+def test_identical_questions_in_flight_are_decoded_once(server: TritonServer, tenant: str) -> None:
+    question = "Explain to me what asyncio.Queue.join does, please."
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: ask(server, question, tenant=tenant), range(8)))
+    assert len({reply.text for reply in replies}) == 1
+    sources = [reply.source for reply in replies]
+    assert sources.count("decoded") == 1 and sources.count("coalesced") > 0
+    assert set(sources) <= {"decoded", "coalesced", "exact", "semantic"}
 
 
 def requests_cancelled(server: TritonServer) -> float:

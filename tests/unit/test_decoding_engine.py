@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from speculative_decoding.drafter import Drafter, ModelDrafter, Proposals
-from speculative_decoding.engine import PREFILL_CHUNK, Engine
+from speculative_decoding.engine import Engine
+from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.options import DrafterName, GenerationOptions
+from speculative_decoding.prefill import PREFILL_CHUNK
 from speculative_decoding.scheduler import QueueFullError
 from speculative_decoding.sequence import FinishReason, Sequence
 from speculative_decoding.tokenizer import Tokenizer
@@ -68,6 +70,15 @@ class GatedDrafter(Drafter):
 
     def fill(self, slot: int, committed: list[int], most: int) -> int:
         return self._drafter.fill(slot, committed, most)
+
+    def slot(self, slot: int) -> SlotMemory:
+        return self._drafter.slot(slot)
+
+    def seen(self, slot: int) -> int:
+        return self._drafter.seen(slot)
+
+    def resume(self, slot: int, length: int) -> None:
+        self._drafter.resume(slot, length)
 
     def commit(self, slot: int, length: int) -> None:
         self._drafter.commit(slot, length)

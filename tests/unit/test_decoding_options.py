@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
+from speculative_decoding.kv_memory import default_kv_cache_bytes
 from speculative_decoding.messages import Message
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.settings import Settings
 from speculative_decoding.validation import InvalidOptionError
 
@@ -130,7 +133,7 @@ def test_an_unknown_parameter_is_refused_with_the_known_ones(name: str) -> None:
         parse({name: 5})
     assert str(caught.value).startswith(f"unknown parameter {name!r}; known are ")
     known = [field.name for field in fields(GenerationOptions)]
-    assert all(name in str(caught.value) for name in [*known, "cache", "tenant"])
+    assert all(name in str(caught.value) for name in [*known, "cache"])
 
 
 def test_a_long_value_is_not_repeated_in_full() -> None:
@@ -140,7 +143,7 @@ def test_a_long_value_is_not_repeated_in_full() -> None:
 
 
 def test_parameters_of_the_cache_and_of_triton_are_none_of_its_business() -> None:
-    others = {"cache": "off", "tenant": "a", "cache_ttl_s": 5, "triton_enable_empty": True}
+    others = {"cache": "off", "cache_ttl_s": 5, "triton_enable_empty": True}
     assert parse({**others, "max_tokens": 3}) == GenerationOptions(max_tokens=3)
 
 
@@ -156,8 +159,41 @@ def test_config_without_parameters_gives_the_defaults_and_each_parameter_is_read
         intra_op_thread_count="3",
         prompt_format="chat",
         cache_model="other",
+        kv_cache_bytes="2000000",
+        kv_cache_int8="true",
+        kv_tier_bytes="3000000",
+        kv_tier_folder="/tier",
+        kv_integrity_check_s="9",
+        session_ttl_s="60",
+        session_conflict="refuse",
+        session_store_path="/sessions.sqlite",
     )
-    assert Settings.from_config(given) == Settings(2, 0, 1_000_000, 5, 4, 0, 3, "chat", "other")
+    reuse = ReuseSettings(2_000_000, True, 3_000_000, "/tier", 9, 60, "refuse", "/sessions.sqlite")
+    assert Settings.from_config(given) == Settings(2, 0, 1_000_000, 5, 4, 0, 3, "chat", "other", reuse)
+
+
+def test_no_bytes_is_no_cache_and_auto_a_quarter_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INFERENCE_STATE_DIR", raising=False)
+    assert ReuseSettings(kv_cache_bytes=0).kv_cache("model") is None
+    automatic = ReuseSettings.take({"kv_cache_bytes": "auto"})
+    assert automatic == ReuseSettings()
+    made = automatic.kv_cache("model")
+    assert made and made.kv_cache_bytes == pytest.approx(default_kv_cache_bytes(), rel=0.2)
+
+
+def test_sessions_and_tier_are_in_the_state_folder_each_model_s_by_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("INFERENCE_STATE_DIR", str(tmp_path))
+    settings = ReuseSettings(kv_cache_bytes=10_000_000, kv_tier_bytes=1_000_000)
+    made = settings.kv_cache("one")
+    assert made and made.tier_folder == tmp_path / "one.kv_tier"
+    assert settings.session_store("one") != settings.session_store("other")
+    monkeypatch.delenv("INFERENCE_STATE_DIR")
+    with pytest.raises(ValueError, match="parameter session_store_path is empty: set it to a path"):
+        settings.session_store("one")
+    with pytest.raises(ValueError, match="parameter kv_tier_folder is empty"):
+        settings.kv_cache("one")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +210,11 @@ def test_config_without_parameters_gives_the_defaults_and_each_parameter_is_read
         ("intra_op_thread_count", "1.5", "an integer from 0 to 1024"),
         ("intra_op_thread_count", "", "an integer from 0 to 1024"),
         ("prompt_format", "Chat", '"chat" or "raw"'),
+        ("kv_cache_bytes", "-5", '"auto" or a number of bytes, 0 for none'),
+        ("kv_cache_int8", "yes", '"true" or "false"'),
+        ("kv_tier_bytes", "1G", f"an integer from 0 to {1 << 60}"),
+        ("session_ttl_s", "0", "an integer from 1 to 2592000"),
+        ("session_conflict", "queue", '"wait" or "refuse"'),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_parameter_value_and_remedy(name: str, value: str, right: str) -> None:

@@ -42,7 +42,7 @@ class Recorder:
         self.logprobs += [position[0].token for position in last.logprobs]
         assert sum(self.tokens) == whole.tokens
 
-    def fail(self, sequence: Sequence, reason: FinishReason) -> None:
+    def fail(self, reason: FinishReason) -> None:
         self.failure = reason
 
     def is_cancelled(self) -> bool:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from speculative_decoding.engine import LEAST_CHUNK, Engine
+from speculative_decoding.engine import Engine
 from speculative_decoding.language_model import Counts, LanguageModel, Logits, Tokens
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.prefill import LEAST_CHUNK
 from speculative_decoding.scheduler import QueueFullError
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.warm_up import measure_costs

@@ -1,0 +1,194 @@
+"""PagedModel: the logits of transformers and shared blocks, with PagedAttention made of ONNX's own operators."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from speculative_decoding.decoder import DecoderSettings, load_decoder
+from speculative_decoding.drafter import ModelDrafter
+from speculative_decoding.engine import Engine
+from speculative_decoding.execution_provider import CPU
+from speculative_decoding.options import GenerationOptions
+from speculative_decoding.paged_model import KEPT_WIDTH, PagedModel
+from speculative_decoding.reuse_settings import ReuseSettings
+from speculative_decoding.row_independence import rows_are_independent
+from speculative_decoding.sequence import Sequence
+from speculative_decoding.warm_up import measure_costs
+from transformers import PreTrainedModel
+
+from scripts.export_model import export_for_cuda
+from tests.decoding import Answer, decode_plainly
+from tests.language_models import VOCABULARY, save_random
+from tests.paged_attention import decompose
+from tests.unit.conftest import Export
+
+SLOTS, BLOCK, CACHED = 4, 16, 12
+TOLERANCE = 0.02  # of half precision, on logits of standard deviation 0.8
+
+
+@pytest.fixture(scope="module")
+def paged(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    folder = tmp_path_factory.mktemp("paged")
+    source = save_random(folder / "source", "llama", tied=False)
+    export_for_cuda(folder / "source", folder / "exported")
+    decompose(folder / "exported", BLOCK)
+    return source, folder / "exported"
+
+
+def load(folder: Path, slots: int = SLOTS, cached: int = CACHED) -> PagedModel:
+    model = PagedModel(folder, slots, 1, False, block_tokens=BLOCK)
+    return PagedModel(folder, slots, 1, False, cached_bytes=cached * model.block_bytes, block_tokens=BLOCK)
+
+
+class Bench:
+    """A paged model, beside what each of its slots has been fed."""
+
+    def __init__(self, paged: tuple[PreTrainedModel, Path]) -> None:
+        self.source, folder = paged
+        self.model = load(folder)
+        self.history: list[list[int]] = [[] for _ in range(SLOTS)]
+        self.rng = np.random.default_rng(0)
+
+    def tokens(self, count: int) -> list[int]:
+        return self.rng.integers(0, VOCABULARY, count).tolist()
+
+    def check(self, first: int, rows: list[list[int]]) -> None:
+        """Feed rows, and compare the logits there are with those of transformers, computed from nothing."""
+        counts = np.array([len(row) for row in rows], np.int32)
+        padded = np.zeros((len(rows), counts.max()), np.int64)
+        for row, tokens in enumerate(rows):
+            padded[row, : len(tokens)] = tokens
+            self.history[first + row] += tokens
+        logits = self.model.forward(first, padded, counts)
+        best = logits.argmax(-1)
+        assert self.model.lengths.tolist() == [len(tokens) for tokens in self.history]
+        for row, count in enumerate(counts.tolist()):
+            expected = self.expected(first + row, count)
+            for place in range(count) if padded.shape[1] <= KEPT_WIDTH else [padded.shape[1] - 1]:
+                got = logits[row, place]
+                np.testing.assert_allclose(got, expected[place], rtol=0, atol=TOLERANCE)
+                assert best[row, place] == got.argmax()
+        self.model.check_integrity()
+
+    def expected(self, slot: int, count: int) -> np.ndarray:
+        with torch.no_grad():
+            logits = self.source(input_ids=torch.tensor([self.history[slot]])).logits
+        return logits[0, len(self.history[slot]) - count :].numpy()
+
+    def truncate(self, slot: int, length: int) -> None:
+        self.model.truncate(slot, length)
+        del self.history[slot][length:]
+
+
+def test_logits_are_those_of_transformers_through_prefill_ragged_batch_rollback_and_move(
+    paged: tuple[PreTrainedModel, Path],
+) -> None:
+    bench = Bench(paged)
+    for slot, length in enumerate((12, 5, 30, 1)):
+        bench.check(slot, [bench.tokens(length)])
+    bench.check(0, [bench.tokens(count) for count in (3, 5, 0, 1)])  # different pasts and counts
+    bench.check(1, [bench.tokens(count) for count in (1, 1, 1)])  # not from the first slot on
+    bench.truncate(0, 13)  # rejected drafts, and a sequence begun anew
+    bench.truncate(2, 0)
+    bench.check(0, [bench.tokens(count) for count in (4, 2, 9, 2)])
+    bench.model.move(3, 1)
+    bench.history[1], bench.history[3] = bench.history[3], []
+    bench.check(0, [bench.tokens(count) for count in (1, 3, 2)])
+    bench.truncate(2, 3)
+    bench.check(2, [bench.tokens(bench.model.context_length - 3)])  # all that fits
+
+
+def test_slots_that_share_a_prefix_share_its_blocks_until_one_writes(paged: tuple[PreTrainedModel, Path]) -> None:
+    bench, model = Bench(paged), load(paged[1])
+    bench.model = model
+    prompt = bench.tokens(40)
+    bench.check(0, [list(prompt)])
+    model.keep(0, "a", prompt)
+    before = model._allocator.free
+    for slot, common in ((1, 40), (2, 35)):  # the same prompt, and one that differs within the last block
+        other = prompt[:common] + bench.tokens(9)
+        assert model.reuse(slot, "a", other) == common
+        bench.history[slot] = other[:common]
+        assert model._allocator.free == before  # nothing was copied yet
+        model.check_integrity()
+        bench.check(slot, [other[common:]])
+        before = model._allocator.free
+    bench.check(0, [bench.tokens(5)])  # the first goes on as if nobody shared
+    assert model._tables[0][:2] == model._tables[1][:2] == model._tables[2][:2]
+    assert len({table[2] for table in model._tables[:3]}) == 3
+
+
+def test_a_prefix_is_found_by_its_own_tenant_only_and_never_whole(paged: tuple[PreTrainedModel, Path]) -> None:
+    model = load(paged[1])
+    prompt = Bench(paged).tokens(32)
+    model.forward(0, np.array([prompt]), np.array([32], np.int32))
+    model.keep(0, "a", prompt)
+    assert model.reuse(1, "b", prompt) == 0
+    assert model.reuse(1, "a", prompt) == 31  # the last token's logits are wanted
+
+
+def test_least_recently_used_prefixes_go_first_and_slots_always_get_blocks(paged: tuple[PreTrainedModel, Path]) -> None:
+    model, bench = load(paged[1], cached=4), Bench(paged)
+    prompts = [bench.tokens(33) for _ in range(6)]
+    for prompt in prompts:
+        model.truncate(0, 0)
+        model.forward(0, np.array([prompt]), np.array([33], np.int32))
+        model.keep(0, "a", prompt)
+        model.check_integrity()
+    assert model._prefixes.blocks <= 4
+    assert model.reuse(1, "a", prompts[0]) == 0
+    assert model.reuse(1, "a", prompts[-1]) == 32
+    for slot in range(SLOTS):
+        model.truncate(slot, 0)
+        model.forward(slot, np.zeros((1, model.context_length), np.int64), np.array([model.context_length], np.int32))
+    model.check_integrity()
+
+
+@pytest.mark.parametrize("speculation_length", [0, 4])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}], ids=["greedy", "seeded"])
+def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
+    paged: tuple[PreTrainedModel, Path], speculation_length: int, sampling: dict[str, float]
+) -> None:
+    """Prompts that share prefixes, more of them than slots, and a draft that is always right."""
+    alone, target, draft = load(paged[1], 1, 0), load(paged[1]), load(paged[1])
+    assert rows_are_independent(target)
+    bench = Bench(paged)
+    shared = bench.tokens(37)
+    prompts = [shared[:length] + bench.tokens(3) for length in (0, 5, 16, 20, 37, 37, 32)] * 2
+    options = GenerationOptions(max_tokens=20, ignore_eos=True, **sampling)
+    expected = [decode_plainly(alone, prompt, options)[0] for prompt in prompts]
+    drafter = ModelDrafter(draft)
+    engine = Engine(target, drafter, speculation_length, 100, measure_costs(target, drafter, 4))
+    answers = [Answer() for _ in prompts]
+    try:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            engine.submit(Sequence(prompt, options, answer.listen, frozenset()))
+        for answer in answers:
+            answer.wait()
+    finally:
+        engine.stop()
+    assert [answer.tokens for answer in answers] == expected
+    for model in (target, draft):
+        model.check_integrity()
+
+
+def test_a_folder_for_gpus_is_refused_on_the_cpu_and_the_reverse(
+    paged: tuple[PreTrainedModel, Path], exported: Callable[[str], Export]
+) -> None:
+    settings = DecoderSettings(1, 1, False)
+    with pytest.raises(ValueError, match="has PagedAttention, for GPUs: export it without --device cuda"):
+        load_decoder(paged[1], settings, CPU)
+    with pytest.raises(ValueError, match="is for CPUs: export it with --device cuda"):
+        load_decoder(exported("llama-fp32").folder, settings, ("CUDAExecutionProvider", {"device_id": "0"}))
+    with pytest.raises(ValueError, match=r"has no input .*: export it with scripts\.export_model --device cuda"):
+        PagedModel(exported("llama-fp32").folder, 1, 1, False)
+
+
+@pytest.mark.parametrize("settings", [ReuseSettings(kv_cache_int8=True), ReuseSettings(kv_tier_bytes=4096)])
+def test_what_a_gpu_cannot_keep_is_refused_by_name(settings: ReuseSettings) -> None:
+    with pytest.raises(ValueError, match=r"parameter kv_(cache_int8|tier_bytes) is .*; on a GPU it must be left out"):
+        settings.device_bytes(1 << 30)
+    assert ReuseSettings().device_bytes(1 << 30) == 1 << 28
+    assert ReuseSettings(kv_cache_bytes=5).device_bytes(1 << 30) == 5
