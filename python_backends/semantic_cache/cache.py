@@ -1,24 +1,35 @@
-"""The flow of the cache: the same bytes, then the same meaning, else a miss to be stored later."""
+"""The flow of the cache: the same bytes, then the same question, else a miss to be stored later."""
 
 import json
+import random
+import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from semantic_cache.embedder import Vector
-from semantic_cache.index import Indexes
+from semantic_cache.bound import FalseHits, exploration_probability
+from semantic_cache.guard import GuardedReads
 from semantic_cache.pending import Pending, PendingLookups
 from semantic_cache.policy import Policy
+from semantic_cache.records import Entry, Found, Hit, Observation, Usage, Vector
 from semantic_cache.request import Answer, Lookup
-from semantic_cache.store import Candidate, Entry, Found, Store
+from semantic_cache.store import Loading, Store, StoreError
+from semantic_cache.uses import Uses
+from semantic_cache.verifier.verifier import Verdict
 
+SLACK = 100  # once over its limit, this part of the store is emptied: so that not every answer has to evict another
 CANDIDATES = 5  # taken from the int8 index and judged in fp32
-EXPIRE_INTERVAL_S = 60.0
 
 Embed = Callable[[Sequence[str]], list[Vector | None]]
 Report = Callable[[str, Exception], None]
+
+
+class Judge(Protocol):
+    """Says whether two prompts are the same question."""
+
+    def judge(self, first: str, second: str, similarity: float) -> Verdict: ...
 
 
 class Outcome(NamedTuple):
@@ -26,7 +37,9 @@ class Outcome(NamedTuple):
 
     source: exact, semantic, miss or off. answer: empty unless a hit. entry: handle to store an answer under, empty
     unless there is something to store. similarity: cosine to the nearest stored prompt, None when none was compared.
-    info: JSON object stored with the answer.
+    info: JSON object stored with the answer. reason: why it is a miss. refusals: why the verifier refused candidates.
+    flight: requests of the same flight may share one answer. asked: when the lookup came in, in seconds of the
+    monotonic clock. hit: what was served by meaning.
     """
 
     source: str
@@ -36,6 +49,12 @@ class Outcome(NamedTuple):
     entry: str = ""
     similarity: float | None = None
     info: str = "{}"
+    reason: str = ""
+    refusals: tuple[str, ...] = ()
+    flight: str = ""
+    asked: float = 0.0
+    hit: Hit | None = None
+    verify_ms: float = 0.0
 
     def to_json(self) -> str:
         """Return the outcome, less answer and entry, as the model's output `cache_info`."""
@@ -44,52 +63,87 @@ class Outcome(NamedTuple):
             "similarity": None if self.similarity is None else round(self.similarity, 4),
             "milliseconds": {"lookup": round(self.lookup_ms, 3), "embed": round(self.embed_ms, 3)},
         }
-        return json.dumps({**json.loads(self.info), **own})
+        shared = {"flight": self.flight, "asked": self.asked} if self.flight else {}
+        return json.dumps({**json.loads(self.info), **own, **shared})
+
+
+class _Search(NamedTuple):
+    """What came of the candidates of one lookup."""
+
+    hit: Hit | None
+    reason: str
+    similarity: float | None = None
+    refusals: tuple[str, ...] = ()
+    verify_ms: float = 0.0
+    passed_over: Hit | None = None
 
 
 class SemanticCache:
     """Answers lookups in two steps, exact() and, where that cannot tell, search(); put() stores what was missed.
 
     Each of the three may run on a thread of its own, but each on one only. `embed` maps prompts to unit vectors, None
-    for a prompt that it cannot represent. Errors in finding an answer are misses: `report` gets their stage and text.
+    for a prompt that it cannot represent. `verifier` is None in plain mode. Errors in finding an answer are misses:
+    `report` gets their stage and text.
     """
 
     def __init__(
-        self, policy: Policy, store: Store, embed: Embed, report: Report, clock: Callable[[], float] = time.time
+        self,
+        policy: Policy,
+        store: Store,
+        reads: GuardedReads,
+        embed: Embed,
+        verifier: Judge | None,
+        report: Report,
+        clock: Callable[[], float] = time.time,
+        seed: int | None = None,
     ) -> None:
         self._policy = policy
         self._store = store
+        self._reads = reads
         self._embed = embed
+        self._verifier = verifier
         self._report = report
         self._clock = clock
-        self._indexes = Indexes(store)
+        self._random = random.Random(seed)
         self._pending = PendingLookups()
-        self._next_expiry = 0.0
+        self._uses = Uses()
+        self._limit = Usage(policy.max_entries, policy.max_bytes)
+        self._room = Usage(*(most - most // SLACK for most in self._limit))
+        self._usage = store.usage()
+        self._evicted = 0
+        self._lock = threading.Lock()
+        self.false_hits = FalseHits(policy.false_hit_budget)
+        self.false_hits.load(store.checks())
 
     def exact(self, lookup: Lookup) -> Outcome | None:
         """Find the same prompt without embedding it; None: search() must decide."""
-        if lookup.mode == "off":
+        if lookup.mode == "off" or not lookup.stores:
             return Outcome("off", _elapsed_ms(lookup))
         if lookup.mode == "refresh":
             return None
         try:
-            found = self._store.get(lookup.key.exact, self._clock())
-        except Exception as error:  # whatever fails in here, the client still gets an answer
+            found = self._reads.get(lookup.key, self._clock())
+        except StoreError as error:
             self._report("exact", error)
             return None
-        return found and Outcome("exact", _elapsed_ms(lookup), answer=found.answer, info=found.info)
+        if found is None or not self._is_young(found, lookup):
+            return None
+        self._uses.add(lookup.key)
+        return Outcome("exact", _elapsed_ms(lookup), answer=found.answer, info=found.info)
 
     def search(self, lookups: Sequence[Lookup]) -> list[Outcome]:
-        """Find prompts that mean the same, embedding all of `lookups` at once. Never raises."""
-        self._expire_indexes()
+        """Find prompts that ask the same, embedding all of `lookups` at once. Never raises."""
         started = time.perf_counter()
-        vectors = self._vectors(lookups)
+        vectors, failed = self._vectors(lookups)
         embed_ms = (time.perf_counter() - started) * 1e3
-        return [self._decide(lookup, vector, embed_ms) for lookup, vector in zip(lookups, vectors, strict=True)]
+        return [
+            self._decide(lookup, vector, embed_ms, "embed_error" if failed else "too_long")
+            for lookup, vector in zip(lookups, vectors, strict=True)
+        ]
 
     def put(self, answers: Sequence[Answer]) -> list[str]:
-        """Store answers durably; return for each "stored", "unknown_entry" or "empty_answer". Raises sqlite3.Error."""
-        results, entries = [], []
+        """Store answers durably; return for each "stored", "unknown_entry" or "empty_answer". Raises StoreError."""
+        results, entries, compared = [], [], []
         for answer in answers:
             pending = self._pending.take(answer.entry)
             if pending is None:
@@ -99,66 +153,175 @@ class SemanticCache:
             else:
                 results.append("stored")
                 entries.append(self._entry(pending, answer))
+                compared.append((pending, answer.text))
         if entries:
-            self._store.put(entries)
+            self.store(entries)
+        for pending, text in compared:
+            self._learn(pending, text)
         return results
 
-    def purge(self) -> None:
-        """Delete expired entries; on any thread. Raises sqlite3.Error."""
-        self._store.purge(self._clock())
+    def store(self, entries: Sequence[Entry]) -> None:
+        """Store entries, and evict others when the store is over its limit. Raises StoreError."""
+        self._store.put(entries)
+        added = sum(entry.bytes for entry in entries)
+        self._usage = Usage(self._usage.entries + len(entries), self._usage.bytes + added)
+        if self._is_over(self._usage):
+            self._make_room()
 
-    def _decide(self, lookup: Lookup, vector: Vector | None, embed_ms: float) -> Outcome:
-        similarity = None
-        if vector is not None and lookup.mode == "on":
-            found, similarity = self._similar(lookup, vector)
-            if found:
-                lookup_ms = _elapsed_ms(lookup) - embed_ms
-                return Outcome("semantic", lookup_ms, embed_ms, found.answer, "", similarity, found.info)
-        entry = self._pending.add(Pending(lookup, vector))
-        return Outcome("miss", _elapsed_ms(lookup) - embed_ms, embed_ms, entry=entry, similarity=similarity)
+    def tidy(self) -> tuple[int, Usage]:
+        """Purge and evict; return how many were evicted since the last call, and what is left. Raises StoreError.
 
-    def _similar(self, lookup: Lookup, vector: Vector) -> tuple[Found | None, float | None]:
-        """Return the answer to serve, if any, and the similarity of the nearest prompt, if there is one."""
-        try:
-            candidates = self._candidates(lookup.key.partition, vector)
-        except Exception as error:  # a miss, not the client's problem
-            self._report("search", error)
-            return None, None
-        if not candidates:
-            return None, None
-        similarities = [float(np.dot(vector, candidate.vector)) for candidate in candidates]
-        best = int(np.argmax(similarities))
-        is_hit = similarities[best] >= self._policy.similarity_threshold
-        return candidates[best].found if is_hit else None, similarities[best]
+        Learns what other servers have found out about false hits, too. On any thread.
+        """
+        self._make_room()
+        self.false_hits.load(self._store.checks())
+        with self._lock:
+            evicted, self._evicted = self._evicted, 0
+        return evicted, self._usage
 
-    def _candidates(self, partition: bytes, vector: Vector) -> list[Candidate]:
-        """Return the nearest entries that live; dead ones that the index still had make room for others."""
+    def _make_room(self) -> None:
         now = self._clock()
-        while ids := self._indexes.nearest(partition, vector, CANDIDATES, now):
-            candidates = self._store.candidates(ids, now)
-            dead = set(ids) - {candidate.id for candidate in candidates}
-            if not dead:
-                return candidates
-            self._indexes.remove(partition, dead)
-        return []
+        if uses := self._uses.take():
+            self._store.touch(uses, now)
+        self._store.purge(now)
+        self._usage = self._store.usage()
+        if self._is_over(self._usage):
+            evicted = self._store.evict(self._policy.eviction, self._room)
+            self._usage = self._store.usage()
+            with self._lock:
+                self._evicted += evicted
 
-    def _vectors(self, lookups: Sequence[Lookup]) -> list[Vector | None]:
+    def observe(self, lookup: Lookup, hit: Hit, decoded: str) -> bool:
+        """Compare what was found with what was decoded for the same prompt, for all servers; return whether it fits.
+
+        Raises StoreError, and what the embedder raises.
+        """
+        correct = self._is_same_answer(hit.candidate.found.answer, decoded)
+        self._store.check(lookup.key.partition, correct)
+        self.false_hits.add(lookup.key.partition, correct)
+        self._store.observe([Observation(hit.candidate.key, hit.similarity, correct, self._clock())])
+        return correct
+
+    def _decide(self, lookup: Lookup, vector: Vector | None, embed_ms: float, without_vector: str) -> Outcome:
+        search = _Search(None, without_vector if vector is None else "refresh")
+        if vector is not None and lookup.mode != "refresh":
+            search = self._search(lookup, vector)
+        if search.hit:
+            self._uses.add(search.hit.candidate.key)
+            found = search.hit.candidate.found
+            return Outcome(
+                "semantic", _elapsed_ms(lookup) - embed_ms, embed_ms, found.answer, "", search.hit.similarity,
+                found.info, hit=search.hit, verify_ms=search.verify_ms, refusals=search.refusals,
+            )  # fmt: skip
+        entry = "" if lookup.mode == "only" else self._pending.add(Pending(lookup, vector, search.passed_over))
+        return Outcome(
+            "miss", _elapsed_ms(lookup) - embed_ms, embed_ms, entry=entry, similarity=search.similarity,
+            reason=search.reason, refusals=search.refusals, flight=lookup.flight, asked=lookup.received,
+            verify_ms=search.verify_ms,
+        )  # fmt: skip
+
+    def _search(self, lookup: Lookup, vector: Vector) -> _Search:
         try:
-            return self._embed([lookup.prompt for lookup in lookups])
+            candidates = self._reads.nearest(lookup.key.partition, vector, CANDIDATES, self._clock())
+        except Loading:
+            return _Search(None, "loading")
+        except StoreError as error:
+            self._report("search", error)
+            return _Search(None, "store_error")
+        young = [candidate for candidate in candidates if self._is_young(candidate.found, lookup)]
+        if not young:
+            return _Search(None, "too_old" if candidates else "nothing_near")
+        hits = [Hit(candidate, float(np.dot(vector, candidate.vector))) for candidate in young]
+        try:
+            return self._judge(lookup, sorted(hits, key=lambda hit: -hit.similarity))
+        except StoreError as error:
+            self._report("search", error)
+            return _Search(None, "store_error")
+        except Exception as error:  # whatever fails in judging, the client still gets an answer
+            self._report("verify", error)
+            return _Search(None, "verify_error")
+
+    def _judge(self, lookup: Lookup, hits: Sequence[Hit]) -> _Search:
+        """Take the first, most similar first, that is similar enough and the same question."""
+        started = time.perf_counter()
+        best = hits[0].similarity
+        refusals: list[str] = []
+        for hit in hits:
+            if hit.similarity < self._policy.similarity_threshold:
+                break
+            refusal = (
+                self._verifier and self._verifier.judge(lookup.prompt, hit.candidate.prompt, hit.similarity).refusal
+            )
+            if not refusal:
+                verify_ms = (time.perf_counter() - started) * 1e3
+                withheld = self._withhold(lookup, hit)
+                kept = (None, withheld, best, tuple(refusals), verify_ms, hit) if withheld else None
+                return _Search(*kept) if kept else _Search(hit, "", hit.similarity, tuple(refusals), verify_ms)
+            refusals.append(refusal)
+        reason = "refused" if refusals else "below_threshold"
+        return _Search(None, reason, best, tuple(refusals), (time.perf_counter() - started) * 1e3)
+
+    def _withhold(self, lookup: Lookup, hit: Hit) -> str:
+        """Return why a hit must not be served after all, empty when it may."""
+        if self.false_hits.is_over(lookup.key.partition):
+            return "over_budget"
+        if not self._policy.error_target:
+            return ""
+        seen = self._reads.observations(hit.candidate.key)
+        explore = exploration_probability(seen, hit.similarity, self._policy.error_target)
+        return "exploring" if self._random.random() < explore else ""
+
+    def _learn(self, pending: Pending, decoded: str) -> None:
+        """Keep what an answer says of the entry that was passed over for it."""
+        try:
+            if pending.passed_over:
+                self.observe(pending.lookup, pending.passed_over, decoded)
+        except Exception as error:  # nothing is learned; the answer is stored all the same
+            self._report("compare", error)
+
+    def _is_over(self, usage: Usage) -> bool:
+        return usage.entries > self._limit.entries or usage.bytes > self._limit.bytes
+
+    def _is_same_answer(self, one: str, other: str) -> bool:
+        """Whether two answers say the same: the same words, or the verifier's word for it."""
+        if one.split() == other.split():
+            return True
+        if self._verifier is None:
+            return False
+        first, second = self._embed([one, other])
+        return (
+            first is not None
+            and second is not None
+            and not self._verifier.judge(one, other, float(first @ second)).refusal
+        )
+
+    def _is_young(self, found: Found, lookup: Lookup) -> bool:
+        return lookup.max_age_s is None or self._clock() - found.created <= lookup.max_age_s
+
+    def _vectors(self, lookups: Sequence[Lookup]) -> tuple[list[Vector | None], bool]:
+        try:
+            return self._embed([lookup.prompt for lookup in lookups]), False
         except Exception as error:  # the embedder is down: exact lookups and decoding go on
             self._report("embed", error)
-            return [None] * len(lookups)
+            return [None] * len(lookups), True
 
     def _entry(self, pending: Pending, answer: Answer) -> Entry:
         lookup, now = pending.lookup, self._clock()
-        return Entry(*lookup.key, lookup.prompt, answer.text, answer.info, pending.vector, now, now + lookup.ttl_s)
-
-    def _expire_indexes(self) -> None:
-        now = self._clock()
-        if now >= self._next_expiry:
-            self._indexes.expire(now)
-            self._next_expiry = now + EXPIRE_INTERVAL_S
+        tokens = json.loads(answer.info).get("tokens", 0)
+        return Entry(
+            key=lookup.key,
+            tenant=lookup.tenant,
+            model=self._policy.fronted_model,
+            prompt=lookup.prompt,
+            answer=answer.text,
+            info=answer.info,
+            vector=pending.vector,
+            tags=lookup.tags,
+            tokens=tokens if isinstance(tokens, int) else 0,
+            created=now,
+            expires=now + lookup.ttl_s * (1 - self._policy.ttl_jitter * self._random.random()),
+        )
 
 
 def _elapsed_ms(lookup: Lookup) -> float:
-    return (time.perf_counter() - lookup.received) * 1e3
+    return (time.monotonic() - lookup.received) * 1e3

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
-Vector = npt.NDArray[np.float32]
+from semantic_cache.records import Vector
+
 Tokens = npt.NDArray[np.int64]
 
 LENGTHS = (16, 32, 64, 128, 256)  # in tokens: equal shapes share a batch, and short prompts stay cheap

@@ -1,30 +1,48 @@
 """What an answer belongs to: a partition, which is a wall, and an exact key within it."""
 
 import hashlib
+import hmac
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+
+from semantic_cache.records import Key
 
 Parameter = str | int | float | bool
 
-# Request parameters that change how an answer is made or sent, never the answer.
-IRRELEVANT = frozenset({"stream", "speculation_length", "drafter", "priority", "timeout"})
+# Request parameters that change how an answer is made or sent, never the answer. Any other is part of the key.
+IRRELEVANT = frozenset({"stream", "speculation_length", "drafter", "session_id", "priority", "timeout"})
 
 
-class Key(NamedTuple):
-    """`partition`: whose answers may be seen (32 bytes). `exact`: this prompt in that partition (32 bytes)."""
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Derives keys with HMAC-SHA256 and the store's secret: an id says nothing to who has not got it.
 
-    partition: bytes
-    exact: bytes
-
-
-def make_key(prompt: str, tenant: str, parameters: Mapping[str, Parameter], fronted_model: str, embedder: str) -> Key:
-    """Derive the key of one prompt with SHA-256.
-
-    `parameters` are the request parameters that the cache does not own: any of them may change the answer, so all but
-    the IRRELEVANT ones are part of the partition, whatever their order.
+    `judges` are the embedder and the verifier with their versions: another one never sees what these have let in.
     """
-    relevant = {name: value for name, value in parameters.items() if name not in IRRELEVANT}
-    canonical = json.dumps([tenant, fronted_model, embedder, relevant], sort_keys=True, separators=(",", ":"))
-    partition = hashlib.sha256(canonical.encode()).digest()
-    return Key(partition, hashlib.sha256(partition + prompt.encode()).digest())
+
+    secret: bytes
+    fronted_model: str
+    judges: tuple[str, ...]
+
+    def make(self, prompt: str, tenant: str, parameters: Mapping[str, Parameter]) -> Key:
+        """Return the key of one prompt.
+
+        `parameters` are the request parameters that the cache does not own: any of them may change the answer, so all
+        but the IRRELEVANT ones are part of the partition, whatever their order.
+        """
+        relevant = {name: value for name, value in parameters.items() if name not in IRRELEVANT}
+        walls = [tenant, self.fronted_model, self.judges, relevant]
+        partition = self._derive("partition", json.dumps(walls, sort_keys=True, separators=(",", ":")).encode())
+        return Key(partition, hashlib.sha256(partition + prompt.encode()).digest())
+
+    def tenant(self, name: str) -> bytes:
+        """Return the id that a tenant's entries bear."""
+        return self._derive("tenant", name.encode())[:16]
+
+    def flight(self, key: Key) -> str:
+        """Return the name under which requests with this key, made at one time, share one answer."""
+        return self._derive("flight", key.exact).hex()
+
+    def _derive(self, purpose: str, content: bytes) -> bytes:
+        return hmac.digest(self.secret, purpose.encode() + b"\0" + content, "sha256")

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from semantic_cache.embedder import Vector
+from semantic_cache.records import Hit, Vector
 from semantic_cache.request import Lookup
 
 CAPACITY = 4096  # more than can be decoding at once; the oldest gives way
@@ -15,10 +15,14 @@ LIFETIME_S = 900.0  # longer than any answer takes to decode
 
 
 class Pending(NamedTuple):
-    """A lookup and its vector (None: it has none), both made when the prompt came in."""
+    """A lookup and its vector (None: it has none), both made when the prompt came in.
+
+    passed_over: what would have been served, had it not been withheld: the answer will tell whether rightly.
+    """
 
     lookup: Lookup
     vector: Vector | None
+    passed_over: Hit | None = None
 
 
 class PendingLookups:

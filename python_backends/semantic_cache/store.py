@@ -1,172 +1,78 @@
-"""The truth about what is cached: one SQLite file, safe to share between servers on one machine."""
+"""The contract of a store: the truth about what is cached, shared by the servers that open it."""
 
-import fcntl
-import os
-import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
+from semantic_cache.records import Candidate, Checks, Entry, Found, Key, Observation, Selector, Usage, Vector
 
-from semantic_cache.embedder import Vector
-
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 30.0  # for another process that writes: SQLite's lock is not fair, and reads never wait
-PURGE_ROWS = 1000  # per transaction, so that a purge never holds writers up for long
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS entries (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    partition BLOB NOT NULL,
-    exact BLOB NOT NULL UNIQUE,
-    prompt TEXT NOT NULL,
-    answer TEXT NOT NULL,
-    info TEXT NOT NULL,
-    vector BLOB,
-    created REAL NOT NULL,
-    expires REAL NOT NULL
-);
-CREATE INDEX IF NOT EXISTS entries_by_partition ON entries (partition, id);
-CREATE INDEX IF NOT EXISTS entries_by_expiry ON entries (expires);
-"""
-GET = "SELECT answer, info FROM entries WHERE exact = ? AND expires > ?"
-AFTER = """SELECT id, expires, vector FROM entries
-    WHERE partition = ? AND id > ? AND expires > ? AND length(vector) = ? ORDER BY id LIMIT ?"""
-PUT = """INSERT OR REPLACE INTO entries (partition, exact, prompt, answer, info, vector, created, expires)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
-PURGE = "DELETE FROM entries WHERE id IN (SELECT id FROM entries WHERE expires <= ? LIMIT ?)"
+ORDERS = ("lru", "lfu", "cost")
 
 
-class Entry(NamedTuple):
-    """One answer to store. `info` is a JSON object; times are seconds since 1970; no vector: found exactly only."""
-
-    partition: bytes
-    exact: bytes
-    prompt: str
-    answer: str
-    info: str
-    vector: Vector | None
-    created: float
-    expires: float
+class StoreError(Exception):
+    """A store cannot do what it was asked; the message says what its database said."""
 
 
-class Found(NamedTuple):
-    """A stored answer and what was stored with it (a JSON object)."""
-
-    answer: str
-    info: str
+class Loading(Exception):  # noqa: N818 - a state, not a fault
+    """The partition's index is being read from the store; it will answer soon."""
 
 
-class Candidate(NamedTuple):
-    """A stored answer whose prompt may mean the same."""
+class Store(Protocol):
+    """Where entries are kept. What put() or invalidate() has returned from is durable, and seen by every server.
 
-    id: int
-    vector: Vector
-    found: Found
-
-
-class Vectors(NamedTuple):
-    """Vectors to index: ids [n], times of expiry [n], vectors [n, dimensions]."""
-
-    ids: npt.NDArray[np.uint64]
-    expiries: list[float]
-    matrix: Vector
-
-
-class Store:
-    """Entries in `path`, created with its folder if need be; an entry is durable once put() has returned.
-
-    Ids grow in the order of commits, over all processes that share the file, so whoever remembers the last id seen
-    finds what is new. Thread-safe: each thread has a connection of its own. Methods raise sqlite3.Error.
+    Methods raise StoreError, and may be called from any thread; nearest() from one thread at a time.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent):
-            self._prepare()
+    def secret(self) -> bytes:
+        """Return 32 random bytes, made once for this store and the same on every server."""
 
-    def get(self, exact: bytes, now: float) -> Found | None:
-        """Return the answer stored under an exact key, unless it has expired."""
-        row = self._connection.execute(GET, (exact, now)).fetchone()
-        return Found(*row) if row else None
+    def get(self, key: Key, now: float) -> Found | None:
+        """Return the answer stored under a key, unless it has expired."""
 
-    def candidates(self, ids: Sequence[int], now: float) -> list[Candidate]:
-        """Return those of the entries that still exist and have not expired."""
-        marks = ",".join("?" * len(ids))
-        query = f"SELECT id, vector, answer, info FROM entries WHERE id IN ({marks}) AND expires > ?"
-        rows = self._connection.execute(query, (*ids, now))
-        return [Candidate(id_, np.frombuffer(blob, np.float32), Found(*found)) for id_, blob, *found in rows]
+    def nearest(self, partition: bytes, vector: Vector, count: int, now: float) -> list[Candidate]:
+        """Return about the `count` live entries of a partition nearest to a unit vector. Raises Loading."""
 
-    def after(self, partition: bytes, last_id: int, now: float, dimensions: int, limit: int) -> Vectors:
-        """Return the first `limit` live vectors of a partition with an id above `last_id`."""
-        size = dimensions * np.dtype(np.float32).itemsize
-        rows = self._connection.execute(AFTER, (partition, last_id, now, size, limit)).fetchall()
-        matrix = np.frombuffer(b"".join(row[2] for row in rows), np.float32).reshape(-1, dimensions)
-        return Vectors(np.array([row[0] for row in rows], np.uint64), [row[1] for row in rows], matrix)
+    def put(self, entries: Sequence[Entry]) -> None:
+        """Store all entries; one with the key of another replaces it."""
 
-    def put(self, entries: Iterable[Entry]) -> None:
-        """Store all entries, or none, durably; one with the exact key of another replaces it under a new id."""
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
-        with connection:
-            connection.executemany(PUT, [_row(entry) for entry in entries])
+    def touch(self, uses: Mapping[Key, int], now: float) -> None:
+        """Count hits of entries, for eviction; unknown keys are ignored."""
 
-    def purge(self, now: float) -> None:
-        """Delete what has expired."""
-        while self._connection.execute(PURGE, (now, PURGE_ROWS)).rowcount:
-            pass
+    def invalidate(self, selector: Selector) -> int:
+        """Delete what matches, and return how many there were. Raises ValueError for a selector that is empty."""
 
-    def count(self) -> int:
-        """Return how many entries there are, expired ones that are not yet purged included."""
-        return int(self._connection.execute("SELECT count(*) FROM entries").fetchone()[0])
+    def purge(self, now: float) -> int:
+        """Delete what has expired, and return how many there were."""
+
+    def usage(self) -> Usage:
+        """Return how much there is, what expired and is not yet purged included."""
+
+    def evict(self, order: str, limit: Usage) -> int:
+        """Delete entries until the store is within `limit`, and return how many.
+
+        First go: "lru" those not used for longest, "lfu" those used least, "cost" those that save the fewest tokens per
+        byte, each hit and the first answer counted.
+        """
+
+    def observe(self, observations: Iterable[Observation]) -> None:
+        """Keep observations of entries, as long as the entry lives."""
+
+    def observations(self, key: Key) -> list[Observation]:
+        """Return what was observed of an entry, oldest first."""
+
+    def check(self, partition: bytes, correct: bool) -> None:
+        """Count a hit that was checked (Checks.plus), for all servers."""
+
+    def checks(self) -> dict[bytes, Checks]:
+        """Return what was counted, by partition."""
+
+    def export(self, after: bytes, limit: int) -> list[Entry]:
+        """Return up to `limit` entries with an exact key above `after`, by exact key."""
+
+    def warm(self) -> None:
+        """Read what large partitions need to be searched."""
+
+    def keep(self) -> None:
+        """Write what makes the next start quick, if much has changed."""
 
     def close(self) -> None:
-        """Close the connections of all threads; nobody may use the store any more."""
-        for connection in self._connections:
-            connection.close()
-
-    def _prepare(self) -> None:
-        """Create what is missing. Raises ValueError for a file that another release made."""
-        self._path.touch(mode=0o600)  # prompts and answers are private; SQLite gives its other files the same mode
-        connection = self._connection
-        connection.execute("PRAGMA journal_mode = WAL")  # a property of the file
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise ValueError(f"{self._path} has schema version {version}, not {SCHEMA_VERSION}: name another file")
-
-    @property
-    def _connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = self._local.connection = self._connect()
-        return connection
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA synchronous = FULL")
-        self._connections.append(connection)
-        return connection
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from opening a store in `folder`: SQLite cannot wait for its turn to switch WAL on."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _row(entry: Entry) -> tuple[object, ...]:
-    blob = None if entry.vector is None else entry.vector.astype(np.float32, copy=False).tobytes()
-    return (*entry[:5], blob, entry.created, entry.expires)
+        """Close all connections; nobody may use the store any more."""

@@ -185,12 +185,12 @@ def test_an_answer_is_gone_after_its_time_to_live(server: TritonServer, tenant: 
         ("", {}, "text_input is ''; it must be a prompt of 1 to 65536 bytes"),
         (" \n", {}, "text_input is"),
         ("x" * 1_000_000, {}, "text_input is 1000000 bytes long; it must be at most 65536"),
-        (PROMPT, {"cache": "maybe"}, "cache is 'maybe'; it must be one of on, off, refresh"),
+        (PROMPT, {"cache": "maybe"}, "cache is 'maybe'; it must be one of on, off, refresh, only"),
         (PROMPT, {"cache": True}, "cache is True"),
         (PROMPT, {"tenant": ""}, "tenant is ''; it must be a string of 1 to 128 characters"),
         (PROMPT, {"tenant": "x" * 129}, "tenant is 'xxx"),
         (PROMPT, {"tenant": 5}, "tenant is 5"),
-        (PROMPT, {"cache_ttl_s": 0}, "cache_ttl_s is 0; it must be a whole number of seconds above 0"),
+        (PROMPT, {"cache_ttl_s": 0}, "cache_ttl_s is 0; it must be a whole number of seconds from 1 to"),
         (PROMPT, {"cache_ttl_s": "ten"}, "cache_ttl_s is 'ten'"),
         (PROMPT, {"cache_ttl_s": 1.5}, "cache_ttl_s is 1.5"),
     ],
@@ -276,6 +276,25 @@ def test_metrics_count_what_happened(server: TritonServer, tenant: str) -> None:
     assert metric(server, "semantic_cache_entries") >= 0
 
 
+def test_hits_of_both_kinds_at_one_time_are_all_counted(server: TritonServer, tenant: str) -> None:
+    ask(server, PROMPT, tenant=tenant)
+    counted = 'semantic_cache_lookups_total{source="'
+    before = metric(server, f"{counted}exact"), metric(server, f"{counted}semantic")
+
+    def look_up(prompt: str) -> None:
+        text = [tensor("text_input", prompt.encode())]
+        with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+            for _ in range(1000):
+                found = client.infer("semantic_cache", text, parameters={"tenant": tenant})
+                assert found.as_numpy("cached_output").item()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(look_up, (PROMPT, SAME_MEANING)))
+    time.sleep(0.2)
+    after = metric(server, f"{counted}exact"), metric(server, f"{counted}semantic")
+    assert [new - old for new, old in zip(after, before, strict=True)] == [1000, 1000]
+
+
 def test_acknowledged_answers_survive_a_kill_of_the_server(repository: Path, tmp_path: Path) -> None:
     with TritonServer(repository, state_dir=tmp_path) as server:
         first = ask(server, PROMPT)
@@ -304,7 +323,7 @@ def test_two_servers_share_one_store(server: TritonServer, repository: Path, ten
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("store_path", "/proc/nowhere/store", "cannot open its store /proc/nowhere/store"),
+        ("store", "/proc/nowhere/store", "cannot open its store /proc/nowhere/store"),
         ("similarity_threshold", "1.5", r"parameter similarity_threshold is 1.5; it must be in \(0, 1\]"),
         ("cache_ttl_s", "a day", "parameter cache_ttl_s is 'a day'; it must be of type int"),
         ("max_prompt", "1", "unknown parameter 'max_prompt'"),

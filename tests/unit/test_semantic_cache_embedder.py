@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from semantic_cache.embedder import LENGTHS, Embedder, Tokens, Vector
+from semantic_cache.embedder import LENGTHS, Embedder, Tokens
+from semantic_cache.records import Vector
 
 REPOSITORY = Path(__file__).parents[2] / "model_repository"
 

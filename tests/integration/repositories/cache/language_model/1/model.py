@@ -22,17 +22,21 @@ class TritonPythonModel:
             if cached:
                 sender.send(response(cached, info), flags=FINAL)
                 continue
-            streams = json.loads(request.parameters() or "{}").get("stream", False)
-            threading.Thread(target=decode, args=(sender, prompt, entry, info, streams)).start()
+            asked = json.loads(request.parameters() or "{}")
+            order = (asked.get("stream", False), asked.get("store_later", False))
+            threading.Thread(target=decode, args=(sender, prompt, entry, info, *order)).start()
 
 
-def decode(sender: object, prompt: str, entry: str, info: str, streams: bool) -> None:
+def decode(sender: object, prompt: str, entry: str, info: str, streams: bool, stores_later: bool) -> None:
+    """Answer, and store the answer: before, so that who has it may count on the cache, or later as the real one."""
     answer = f"{prompt} is {uuid.uuid4().hex} ."
     for word in answer.split()[:-1] if streams else []:
         sender.send(response(word + " ", "{}"))
-    if entry:
+    if entry and not stores_later:
         store(entry, answer)
     sender.send(response("." if streams else answer, info), flags=FINAL)
+    if entry and stores_later:
+        store(entry, answer)
 
 
 def store(entry: str, answer: str) -> None:

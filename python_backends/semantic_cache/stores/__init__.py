@@ -1,0 +1,1 @@
+"""Stores: SQLite for one machine, PostgreSQL and Azure Cosmos DB for many servers."""

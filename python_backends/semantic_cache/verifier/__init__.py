@@ -1,0 +1,1 @@
+"""Is it the same question? Judged by the words of two prompts, where similarity of vectors is no evidence."""
