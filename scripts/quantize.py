@@ -19,8 +19,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported
 
 from rich.console import Console
 
-from perf.machine import describe_machine
 from scripts.export_model import ExportError
+from scripts.machine import describe_machine
 from scripts.quantization import report
 from scripts.quantization.errors import RUNTIME_ERRORS, QuantizationError
 from scripts.quantization.install import install_decoder, install_encoder, require_writable

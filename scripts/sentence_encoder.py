@@ -2,6 +2,9 @@
 
 The graph is written down operator by operator, with ONNX Runtime's fused operators, rather than exported and then
 searched for patterns to fuse: it is short, it does not change with an exporter, and it is made in a second.
+
+Padding lets sentences of unequal lengths share a batch, and costs nothing but in attention: all else runs on the
+sentences' tokens, one after the other without gaps (ByteTransformer, Zhai et al. 2022, arXiv 2210.03052).
 """
 
 import json
@@ -42,6 +45,7 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         mask = self.add("Cast", ["attention_mask"], "mask", to=TensorProto.INT32)
+        self.find_tokens()
         x = self.embeddings()
         for layer in range(self.config["num_hidden_layers"]):
             x = self.layer(f"encoder.layer.{layer}", x, mask)
@@ -51,17 +55,43 @@ class _Graph:
         graph = helper.make_graph(self.nodes, "sentence_encoder", inputs, [embedding], self.constants)
         return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
 
+    def find_tokens(self) -> None:
+        """Where the tokens are in the padded batch (`places` [tokens]), and back (`rows` [batch, sequence]).
+
+        A row without tokens, as Triton's warmup sends, counts as full of them: nothing of it reaches the pooled vector.
+        """
+        for name, number in (("zero", 0), ("one", 1)):
+            self.constant(name, np.array(number))
+            self.constant(f"{name}s", np.array([number]))
+        self.constant("flat", np.array([-1]))
+        self.constant("flat_rows", np.array([-1, self.config["hidden_size"]]))
+        is_token = self.add("Cast", ["attention_mask"], "is_token", to=TensorProto.BOOL)
+        first = self.add("Slice", [is_token, "zeros", "ones", "ones"], "first")
+        kept = self.add("Or", [is_token, self.add("Not", [first], "is_empty")], "kept")
+        kept = self.add("Reshape", [kept, "flat"], "kept_flat")
+        self.add("Squeeze", [self.add("NonZero", [kept], "kept_places"), "zeros"], "places")
+        numbers = self.add("CumSum", [self.add("Cast", [kept], "kept_ones", to=TensorProto.INT64), "zero"], "numbers")
+        numbers = self.add("Sub", [numbers, "one"], "numbers_from_zero")
+        self.add("Reshape", [numbers, self.add("Shape", ["input_ids"], "shape")], "rows")
+
+    def packed(self, x: str) -> str:
+        """[batch, sequence, hidden] -> [tokens, hidden]."""
+        return self.add("Gather", [self.add("Reshape", [x, "flat_rows"], f"{x}/flat"), "places"], f"{x}/packed", axis=0)
+
+    def padded(self, x: str) -> str:
+        """[tokens, width] -> [batch, sequence, width]; padding repeats a token before it, and attention ignores it."""
+        return self.add("Gather", [x, "rows"], f"{x}/padded", axis=0)
+
     def embeddings(self) -> str:
         """Words plus positions. All tokens are of type 0, so that type's vector is part of the positions."""
         types = self.weights["embeddings.token_type_embeddings.weight"]
         table = self.constant("positions", self.weights["embeddings.position_embeddings.weight"] + types[0])
         length = self.add("Shape", ["input_ids"], "length", start=1, end=2)
-        places = self.add("Slice", [table, self.constant("start", np.array([0])), length], "places")
+        positions = self.add("Slice", [table, "zeros", length], "position_vectors")
         words = self.add("Gather", [self.weight("embeddings.word_embeddings.weight"), "input_ids"], "words")
         name, epsilon = "embeddings.LayerNorm", self.config["layer_norm_eps"]
-        return self.add(
-            "LayerNormalization", [self.add("Add", [words, places], "sum"), *self.norm(name)], name, epsilon=epsilon
-        )
+        tokens = self.packed(self.add("Add", [words, positions], "sum"))
+        return self.add("LayerNormalization", [tokens, *self.norm(name)], name, epsilon=epsilon)
 
     def layer(self, name: str, x: str, mask: str) -> str:
         attention = f"{name}.attention"
@@ -69,7 +99,9 @@ class _Graph:
         matrix = np.concatenate([self.weights[f"{part}.weight"] for part in parts]).T
         bias = self.constant(f"{attention}.bias", np.concatenate([self.weights[f"{part}.bias"] for part in parts]))
         product = self.add("MatMul", [x, self.constant(f"{attention}.matrix", matrix)], f"{attention}.self")
-        split = helper.make_node("Split", [product], parts, name=f"{attention}.split", axis=-1, num_outputs=3)
+        split = helper.make_node(
+            "Split", [self.padded(product)], parts, name=f"{attention}.split", axis=-1, num_outputs=3
+        )
         self.nodes.append(split)
         context = self.add(
             "MultiHeadAttention",
@@ -78,7 +110,7 @@ class _Graph:
             domain=FUSED,
             num_heads=self.config["num_attention_heads"],
         )
-        x = self.residual(f"{attention}.output", context, x)
+        x = self.residual(f"{attention}.output", self.packed(context), x)
         dense = f"{name}.intermediate.dense"
         wide = self.product(dense, x)
         wide = self.add("BiasGelu", [wide, self.weight(f"{dense}.bias")], f"{dense}.gelu", domain=FUSED)
@@ -101,10 +133,9 @@ class _Graph:
 
     def pool(self, x: str) -> None:
         """The mean over a sentence's tokens, scaled to length 1: the sum does as well."""
-        axis = self.constant("mask_axis", np.array([1]))
-        ones = self.add("Cast", ["attention_mask"], "ones", to=TensorProto.FLOAT)
-        total = self.add("MatMul", [self.add("Unsqueeze", [ones, axis], "row"), x], "total")
-        self.add("LpNormalization", [self.add("Squeeze", [total, axis], "pooled")], "embedding", axis=-1, p=2)
+        weights = self.add("Cast", ["attention_mask"], "token_weights", to=TensorProto.FLOAT)
+        total = self.add("MatMul", [self.add("Unsqueeze", [weights, "ones"], "row"), self.padded(x)], "total")
+        self.add("LpNormalization", [self.add("Squeeze", [total, "ones"], "pooled")], "embedding", axis=-1, p=2)
 
     def norm(self, name: str) -> list[str]:
         return [self.weight(f"{name}.weight"), self.weight(f"{name}.bias")]

@@ -9,18 +9,22 @@ scripts.evaluate_demo_models measures it.
 
 import argparse
 import copy
-import json
-from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripts.demo_models import answering, samples, training
+from scripts.demo_models import draft_prompts, samples, training
 from scripts.demo_models.corpus import load_facts
-from scripts.demo_models.phrasings import OFF_TOPIC_ANSWER, TRAINED
-from scripts.demo_models.questions import Question, sample_questions, trained_questions
+from scripts.demo_models.phrasings import TRAINED
+from scripts.demo_models.questions import trained_questions
 from scripts.demo_models.tokenizer import END, PAD, load_tokenizer, train_tokenizer
+from scripts.distillation import curve, precision
+from scripts.distillation.on_policy import OnPolicy, Sampling
+from scripts.distillation.settings import Settings, Weights
+from scripts.distillation.trainer import Trainer
 
 CONTEXT = 512
 TARGET = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -29,6 +33,8 @@ DRAFT = {"hidden_size": 160, "num_hidden_layers": 2, "num_attention_heads": 5, "
 DRAFT |= {"head_dim": 32, "intermediate_size": 448}
 TARGET_SHARE = 0.6  # of the time
 QUESTIONS_PER_FACT = 45
+HELD_OUT = 300  # prompts in phrasings that are never trained on
+DRAFT_LEARNING: dict[str, Any] = {"peak_rate": 4e-3, "temperature": 1.0, "patience": 20, "weights": Weights(ce=0.0)}
 
 
 def make_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, device: torch.device) -> LlamaForCausalLM:
@@ -68,70 +74,47 @@ class Pair:
 
     def train(self) -> None:
         """Train the target, then the draft on the target's own answers, and store both as Hugging Face folders."""
+        print(f"{len(self.facts)} facts, {self.device}", flush=True)
+        if not (self.work_dir / "target" / "config.json").exists():
+            self._train_target()
+        self._distil_draft()
+
+    def _train_target(self) -> None:
+        print("target:", flush=True)
         rows = 256 if self.device.type == "cuda" else 64
         questions = trained_questions(self.facts, QUESTIONS_PER_FACT * len(self.facts), seed=1)
-        print(f"{len(self.facts)} facts, {len(questions)} questions, {self.device}", flush=True)
-        if not (self.work_dir / "target" / "config.json").exists():
-            schedule = training.Schedule(self.seconds * TARGET_SHARE, peak_rate=1.5e-3)
-            self._train("target", questions, rows, schedule)
-        self.target = self.load("target")
-        own = self._own_answers()
-        distilled = [Question(question.prompt, own[question.answer]) for question in questions]
-        schedule = training.Schedule(self.seconds * (1 - TARGET_SHARE), peak_rate=4e-3, weight_decay=0.0)
-        self._train("draft", distilled, rows, schedule, self.agreement(200))
-        training.plot_curves(self.work_dir, ("target", "draft"))
-
-    def _train(
-        self,
-        role: str,
-        questions: Sequence[Question],
-        rows: int,
-        schedule: training.Schedule,
-        measure: Callable[[], float] | None = None,
-    ) -> None:
-        print(f"{role}:", flush=True)
-        model = getattr(self, role)
         singles = samples.single_turns(self.tokenizer, questions)
         chats = samples.chats(self.tokenizer, questions[: len(questions) // 8])
         batches = training.Batches([singles] * 7 + [chats], rows, self.device)
-        progress = training.train(model, batches, schedule, self.work_dir / f"{role}.pt", measure)
-        training.save_curve(progress, self.work_dir, role)
+        schedule = training.Schedule(self.seconds * TARGET_SHARE, peak_rate=1.5e-3)
+        progress = training.train(self.target, batches, schedule, self.work_dir / "target.pt")
+        training.plot_curve(progress, self.work_dir / "target_loss.png")
+        self._save(self.target, "target")
+
+    def _distil_draft(self) -> None:
+        """Distil on the policy of the target: see scripts.distillation.on_policy."""
+        print("draft:", flush=True)
+        dtype = precision.resolve("auto", self.device)
+        target = self.load("target").to(dtype)
+        on_gpu = self.device.type == "cuda"
+        minutes = self.seconds / 60 * (1 - TARGET_SHARE)
+        settings = Settings(minutes=minutes, rows=256 if on_gpu else 64, length=samples.ROW, **DRAFT_LEARNING)
+        sampling = Sampling(pool=16384, tokens_at_once=400_000) if on_gpu else Sampling()
+        prompts = draft_prompts.trained(self.tokenizer, self.facts, QUESTIONS_PER_FACT * len(self.facts))
+        held_out = draft_prompts.unseen(self.tokenizer, self.facts, HELD_OUT)
+        task = OnPolicy(target, prompts, held_out, settings, sampling, dtype)
+        identity = {"settings": asdict(settings), "sampling": asdict(sampling), "draft": DRAFT}
+        checkpoint = self.work_dir / "draft.pt"
+        progress = Trainer(
+            self.draft, task, settings, checkpoint, identity, lambda line: print(f"  {line}", flush=True)
+        ).run()
+        self._save(self.draft, "draft")
+        curve.write(progress, self.work_dir / "draft_curve.json")
+        curve.plot(progress, self.work_dir / "draft_loss.png", "draft")
+
+    def _save(self, model: LlamaForCausalLM, role: str) -> None:
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(self.work_dir / role)
         self.tokenizer.save_pretrained(self.work_dir / role)
-
-    def _own_answers(self) -> dict[str, str]:
-        """Return, for every answer there is, what the target greedily answers to a question it should answer so.
-
-        A draft that learns these learns the target's own words (sequence-level distillation, Kim and Rush 2016).
-        """
-        path = self.work_dir / "own_answers.json"
-        if not path.exists():
-            wanted = [fact.answer for fact in self.facts]
-            prompts = [TRAINED[0].format(n=fact.name) for fact in self.facts]
-            print("asking the target ...", flush=True)
-            asked = [Question(prompt, answer) for prompt, answer in zip(prompts, wanted, strict=True)]
-            given = answering.own_answers(self.target, self.tokenizer, asked)
-            own = dict(zip(wanted, given, strict=True)) | {OFF_TOPIC_ANSWER: OFF_TOPIC_ANSWER}
-            path.write_text(json.dumps(own), encoding="utf-8")
-        answers: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-        return answers
-
-    def agreement(self, count: int) -> Callable[[], float]:
-        """Return a function that gives the share of the target's greedy tokens on unseen phrasings the draft picks."""
-        questions = sample_questions(self.facts, count, unseen=True, seed=3)
-        prompts = [question.prompt for question in questions]
-        answers = answering.answer_greedily(self.target, self.tokenizer, prompts, batch=256)
-        own = [Question(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        rows = samples.single_turns(self.tokenizer, own)
-        tokens, labels = (torch.from_numpy(part).long().to(self.device) for part in rows)
-        chosen = labels != samples.IGNORED
-
-        @torch.no_grad()
-        def measure() -> float:
-            logits = self.draft(input_ids=tokens).logits[:, :-1][chosen[:, 1:]]
-            return (logits.argmax(-1) == labels[chosen]).float().mean().item()
-
-        return measure
 
     def load(self, role: str) -> LlamaForCausalLM:
         """Load a stored model."""

@@ -1,9 +1,8 @@
 """Training by wall-clock budget, resumable."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,11 +82,10 @@ def train(
     batches: Batches,
     schedule: Schedule,
     checkpoint: Path,
-    measure: Callable[[], float] | None = None,
 ) -> Progress:
     """Train `model` in place on the answers in `batches` and return its loss curve.
 
-    Resumes from `checkpoint` where that exists. `measure` is called and its result printed every ten seconds.
+    Resumes from `checkpoint` where that exists.
     """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -127,9 +125,8 @@ def train(
             mean = torch.stack(window).mean().item()
             window.clear()
             progress.curve.append((progress.elapsed, mean))
-            extra = f" agreement {measure():.3f}" if measure else ""
             print(
-                f"  {progress.elapsed:6.0f}/{schedule.seconds:.0f} s, step {progress.steps}, loss {mean:.4f}{extra}",
+                f"  {progress.elapsed:6.0f}/{schedule.seconds:.0f} s, step {progress.steps}, loss {mean:.4f}",
                 flush=True,
             )
             shown = time.monotonic()
@@ -148,22 +145,16 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progre
     partial.replace(path)
 
 
-def save_curve(progress: Progress, folder: Path, role: str) -> None:
-    """Keep the loss curve of a finished model."""
-    (folder / f"{role}_curve.json").write_text(json.dumps(progress.curve), encoding="utf-8")
-
-
-def plot_curves(folder: Path, roles: Sequence[str]) -> None:
-    """Draw the kept loss curves of `roles` into `folder`/loss.png."""
+def plot_curve(progress: Progress, path: Path) -> None:
+    """Draw the loss curve of a finished model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(roles), figsize=(5 * len(roles), 3.5))
-    for axis, role in zip(axes, roles, strict=True):
-        curve = json.loads((folder / f"{role}_curve.json").read_text(encoding="utf-8"))
-        axis.plot(*zip(*curve, strict=True))
-        axis.set(title=role, xlabel="seconds", ylabel="loss (nats a token)", yscale="log")
+    figure, axis = pyplot.subplots(figsize=(5, 3.5))
+    axis.plot(*zip(*progress.curve, strict=True))
+    axis.set(xlabel="seconds", ylabel="loss (nats a token)", yscale="log")
     figure.tight_layout()
-    figure.savefig(folder / "loss.png", dpi=120)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -130,7 +130,7 @@ def declare_values(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def vocabulary(model: onnx.ModelProto, name: str) -> int:
     """Return how many rows the table has that input `name` looks up, 2 where it looks nothing up."""
-    tables = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer}
+    tables = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
     rows = [tables[node.input[0]] for node in model.graph.node if _looks_up(node, name) and node.input[0] in tables]
     return min(rows, default=2)
 

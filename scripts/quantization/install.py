@@ -10,6 +10,7 @@ from scripts.quantization.graph import Input, graph_inputs
 from scripts.quantization.model_file import save_model
 from scripts.quantization.precision import Provider
 from scripts.serving.installation import MODEL_REPOSITORY
+from scripts.whole_file import write_whole
 
 BATCH = 32
 TYPES = {
@@ -97,6 +98,4 @@ def _outputs_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _write_config(path: Path, content: str) -> None:
     if not path.exists():
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, content)

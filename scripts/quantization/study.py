@@ -107,6 +107,10 @@ class Study:
         self.results[name] = self._result(name, folder, self._open(folder))
         return self.results[name]
 
+    def judge(self, folder: Path) -> Figures:
+        """Return the quality of the model in `folder`, measured as that of all results."""
+        return self._quality(self._open(folder))
+
     def measure_speed(self) -> None:
         """Time all results in turns, and measure their memory."""
         self._say(f"timing {', '.join(self.results)}")

@@ -1,6 +1,7 @@
-"""What is to be quantized: an ONNX file, or the folder of a language model."""
+"""What is to be quantized: an ONNX file, or the folder of a language model or a sentence encoder."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from scripts.export_model import export_fp32
 from scripts.quantization import texts
 from scripts.quantization.errors import QuantizationError
 from scripts.quantization.graph import Feeds, Input, graph_inputs, random_feeds
-from scripts.quantization.model_file import load_model
+from scripts.quantization.model_file import load_model, save_model
 from scripts.quantization.precision import Options, Source
 from scripts.quantization.samples import Samples, load_tokenizer
+from scripts.sentence_encoder import sentence_encoder
 
 RANDOM_BATCHES, RANDOM_ROWS, RANDOM_LENGTH = 4, 16, 16
 
@@ -76,8 +78,11 @@ class CalibrationData:
 
 
 def open_subject(path: Path, scratch: Path, tokenizer: Path | None, upgrade_opset: bool) -> Subject:
-    """Read the model at `path`: an ONNX file, a folder in ONNX Runtime GenAI's layout, or a Hugging Face folder, which
-    is exported into `scratch` first. Raises QuantizationError or ExportError."""
+    """Read the model at `path`: an ONNX file, a folder in ONNX Runtime GenAI's layout, or a Hugging Face folder of a
+    language model or a BERT sentence encoder, which is exported into `scratch` first.
+
+    Raises QuantizationError or ExportError.
+    """
     if not path.exists():
         raise QuantizationError(f"{path} does not exist")
     if path.is_file():
@@ -85,6 +90,12 @@ def open_subject(path: Path, scratch: Path, tokenizer: Path | None, upgrade_opse
         model = load_model(path, upgrade_opset)
         name = path.parent.parent.name if path.parent.name.isdigit() else path.stem
         return Subject(name, path.parent, model, False, load_tokenizer(beside), _digest(path))
+    if _is_encoder(path):
+        folder = scratch / "exported"
+        folder.mkdir()
+        save_model(sentence_encoder(path), folder)
+        made = load_model(folder / "model.onnx", upgrade_opset)
+        return Subject(path.name, folder, made, False, load_tokenizer(path / "tokenizer.json"), _digest(folder))
     folder = path
     if (path / "config.json").is_file() and not (path / "genai_config.json").is_file():
         folder = scratch / "exported"
@@ -95,6 +106,17 @@ def open_subject(path: Path, scratch: Path, tokenizer: Path | None, upgrade_opse
         )
     model = load_model(folder / "model.onnx", upgrade_opset)
     return Subject(path.name, folder, model, True, load_tokenizer(folder / "tokenizer.json"), _digest(folder))
+
+
+def _is_encoder(path: Path) -> bool:
+    """Whether `path` is the Hugging Face folder of a BERT sentence encoder."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise QuantizationError(f"{path}/config.json is not JSON: {error}") from error
+    return isinstance(config, dict) and "BertModel" in (config.get("architectures") or [])
 
 
 def copy_side_files(subject: Subject, folder: Path) -> None:

@@ -27,6 +27,16 @@ Figures = dict[str, float]
 Float = NDArray[np.float64]
 
 
+def read_pairs() -> list[dict[str, Any]]:
+    """Return the graded pairs: "first", "second" and "score"."""
+    return [json.loads(line) for line in SENTENCE_PAIRS.read_text(encoding="utf-8").splitlines()]
+
+
+def sentences(pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """Return all first sentences of `pairs`, then all second ones."""
+    return [pair[side] for side in ("first", "second") for pair in pairs]
+
+
 class Task(ABC):
     """A measure of quality; the reference is the fp32 model's own."""
 
@@ -77,8 +87,8 @@ class Embedding(Task):
     finds its paraphrase among all others (recall at 1)."""
 
     def __init__(self, reference: Encoder, tokenizer: tokenizers.Tokenizer, inputs: Sequence[Input]) -> None:
-        pairs = [json.loads(line) for line in SENTENCE_PAIRS.read_text(encoding="utf-8").splitlines()]
-        texts = [pair[side] for side in ("first", "second") for pair in pairs]
+        pairs = read_pairs()
+        texts = sentences(pairs)
         # Sentences of similar length share a batch, and what one text gives does not depend on the order of the file.
         self._order = np.argsort([len(tokenizer.encode(text).ids) for text in texts], kind="stable")
         chunks = [self._order[start : start + ROWS] for start in range(0, len(texts), ROWS)]

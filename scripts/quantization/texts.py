@@ -13,7 +13,7 @@ import numpy as np
 
 from scripts.quantization.errors import QuantizationError
 from scripts.quantization.graph import Feeds, Input
-from scripts.quantization.tasks import SENTENCE_PAIRS
+from scripts.quantization.tasks import read_pairs
 from scripts.serving.installation import PYTHON_BACKENDS
 
 sys.path.append(str(PYTHON_BACKENDS))
@@ -42,8 +42,7 @@ def read(path: Path, folder: Path) -> Iterator[TokenizedText]:
 def shipped(folder: Path) -> list[TokenizedText]:
     """Return the project's own English sentences as texts of a few sentences each."""
     tokenizer = Tokenizer(folder, "raw")
-    lines = SENTENCE_PAIRS.read_text(encoding="utf-8").splitlines()
-    sentences = [json.loads(line)["first"] for line in lines]
+    sentences = [pair["first"] for pair in read_pairs()]
     starts = range(0, len(sentences), DEFAULT_SENTENCES)
     return [(tokenizer.encode_prompt(" ".join(sentences[start : start + DEFAULT_SENTENCES])), 0) for start in starts]
 

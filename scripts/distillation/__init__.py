@@ -1,0 +1,1 @@
+"""Distillation: a small model that learns to give what a large one gives."""
