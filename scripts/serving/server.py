@@ -4,7 +4,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,7 +14,7 @@ import psutil
 from scripts.serving import installation, ports, probe
 from scripts.serving.errors import ServeError
 from scripts.serving.installation import MODEL_REPOSITORY
-from scripts.serving.process import TritonProcess
+from scripts.serving.process import TritonProcess, Usage
 from scripts.serving.repository import model_names
 from scripts.serving.watchdog import LOOK_S, Watchdog
 
@@ -36,6 +36,11 @@ EXPOSED = "the embedded tritonserver 2.51 has known vulnerabilities, so serve a 
 logger = logging.getLogger(__name__)
 
 
+def response_cache(size: int) -> list[str]:
+    """Return tritonserver's options for a response cache of so many bytes, of which models may make use; 0: none."""
+    return [f"--cache-config=local,size={size}"] if size else []
+
+
 class TritonServer:
     """The model repository, served on `host`; use it as a context manager, or call start() and stop().
 
@@ -54,11 +59,12 @@ class TritonServer:
         state_dir: Path | None = None,
         tritonserver: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         """Prepare a server; port 0 means a free one.
 
         `state_dir` (created; default .state in the project) holds what outlives the server: the backends' stores and
-        the log. `environment` is added to what the server's processes see.
+        the log. `environment` is added to what the server's processes see, `options` to tritonserver's command line.
         """
         self.repository = repository.resolve()
         self.state_dir = (state_dir or STATE_DIR).resolve()
@@ -70,6 +76,7 @@ class TritonServer:
         self._wanted = {"http-port": http_port, "grpc-port": grpc_port, "metrics-port": metrics_port}
         self._ports = dict(self._wanted)
         self._tritonserver = tritonserver
+        self._options = options
         self._environment = {**(environment or {}), "INFERENCE_STATE_DIR": str(self.state_dir)}
         self._ready = threading.Event()
         self._stopping = threading.Event()
@@ -86,6 +93,10 @@ class TritonServer:
     @property
     def metrics_url(self) -> str:
         return self._url("metrics-port")
+
+    def usage(self) -> Usage:
+        """Return what the server has used so far. Raises psutil.NoSuchProcess while it does not run."""
+        return self._process.usage()
 
     def start(self) -> None:
         """Start the server and its watchdog; return when every model has answered.
@@ -129,7 +140,8 @@ class TritonServer:
 
     def _launch(self) -> Watchdog:
         """Start the server and wait until it answers; on any failure, end it. Raises ServeError."""
-        self._process = TritonProcess(self._installation, self._arguments(), self._environment, self.log)
+        environment = {"INFERENCE_HTTP_URL": f"http://{self.http_url}", **self._environment}
+        self._process = TritonProcess(self._installation, self._arguments(), environment, self.log)
         try:
             self._wait_for_answers()
             return Watchdog(self._process, self.http_url, self.models)
@@ -204,6 +216,7 @@ class TritonServer:
             f"--backend-config=python,shm-default-byte-size={SHARED_MEMORY_BYTES}",
             f"--backend-config=python,stub-timeout-seconds={LOAD_TIMEOUT_S}",
             "--log-format=ISO8601",
+            *self._options,
         ]
 
     def _complaint(self) -> str:

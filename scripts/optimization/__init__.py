@@ -1,0 +1,1 @@
+"""Choosing how a model is served: what scripts.optimize does."""
