@@ -10,7 +10,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-full lint models tools clean
+.PHONY: help demo serve test test-full lint load models tools clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -30,7 +30,13 @@ $(VENV)/.tools: $(VENV)/.serving requirements-dev.lock
 	@$(PIP) -r requirements.lock -r requirements-dev.lock
 	@touch $@
 
-tools: $(VENV)/.tools ## Install what exporting and training models needs
+# perf_analyzer, beside the environment: tritonclient 2.51 is the newest whose perf_analyzer runs with glibc 2.36.
+$(VENV)/.perf_analyzer: $(VENV)/.serving requirements-perf.lock
+	@echo "Installing perf_analyzer into $(VENV)/perf_analyzer ..."
+	@$(PIP) --no-deps --upgrade --target $(VENV)/perf_analyzer -r requirements-perf.lock
+	@touch $@
+
+tools: $(VENV)/.tools $(VENV)/.perf_analyzer ## Install what exporting, training and measuring models needs
 
 models: $(VENV)/.serving ## Build the models that are not in git (idempotent)
 	@$(RUN) -m scripts.build_repository
@@ -40,6 +46,9 @@ demo: models ## Answer real prompts on a real server, measure, stop
 
 serve: models ## Serve model_repository on 127.0.0.1:8000 (HTTP), 8001 (gRPC), 8002 (metrics)
 	@exec $(RUN) -m scripts.serve $(ARGS)
+
+load: tools models ## Send a minute of mixed load to a server of its own, report in .build/load.html
+	@$(RUN) -m perf.load $(ARGS)
 
 test: tools models ## Run all tests, with a real server
 	@$(RUN) -m pytest $(ARGS)

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from perf.machine import describe_machine
 from scripts.demo import measure_hits, measure_speculation, with_server
+from scripts.machine import describe_machine
 from scripts.serving.client import GenerateClient
 
 RESULT = Path(__file__).parent / "results" / "generate.json"

@@ -23,10 +23,10 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_dynamic, qu
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from rich.console import Console
 
-from perf.machine import describe_machine
 from scripts.build_repository import ENCODER
 from scripts.demo_models.corpus import collect_facts
 from scripts.demo_models.questions import Question, sample_questions
+from scripts.machine import describe_machine
 from scripts.quantization import report
 from scripts.quantization.dequantize import dequantize_rows
 from scripts.quantization.graph import Feeds, declare_values

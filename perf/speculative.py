@@ -27,10 +27,12 @@ import onnx
 from rich.console import Console
 
 from perf import decoding_peers
-from perf.expansion import demo_target, expanded
-from perf.machine import describe_machine
+from perf.chunked_prefill import gaps_during_prefill
+from perf.expansion import expanded
 from scripts.demo import unseen_prompts
+from scripts.demo_models import shipped
 from scripts.export_model import export_fp32, replace_model
+from scripts.machine import describe_machine
 from scripts.quantization.precision import Source
 from scripts.serving.client import GenerateClient
 from scripts.serving.installation import MODEL_REPOSITORY, PYTHON_BACKENDS
@@ -182,9 +184,9 @@ def measure_target(name: str, larger: bool, work: Path, count: int, passes: int,
     work = work / name
     work.mkdir()
     tokenizer = Tokenizer(PAIR / "target", "chat")
-    source, draft_source = demo_target(PAIR / "target"), demo_target(PAIR / "draft")
+    source, draft_source = shipped.load(PAIR / "target"), shipped.load(PAIR / "draft")
     model = expanded(source) if larger else source
-    _save(model, work / "source", PAIR / "target")
+    shipped.save(model, work / "source")
     console.log(f"{name}: exporting")
     export_fp32(work / "source", work / "fp32")
     folders = make_precisions(work / "fp32", work, ("int4", "dynamic-int8", EXACT))
@@ -324,12 +326,6 @@ def _ordered(tally: Tally) -> list[list[int]]:
     return [tally.answers[number] for number in sorted(tally.answers)]
 
 
-def _save(model: Any, folder: Path, tokenizer: Path) -> None:
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer / name, folder)
-
-
 class Streams(NamedTuple):
     """What clients saw: tokens a second together, and milliseconds to the first and between later responses."""
 
@@ -424,6 +420,7 @@ def main() -> None:
         "expanded": large,
         "copy_heavy_ratio": large["copy_heavy_ratio"],
         "through_triton": through_triton(CLIENTS, rounds=3),
+        "while_2048_tokens_arrive": gaps_during_prefill(),
         "engine_overhead_ms": demo["engine_overhead_ms"],
         "step_vs_bare_call": large["step_vs_bare_call"],
         "machine": describe_machine(),

@@ -14,6 +14,7 @@ from transformers import AutoModel
 
 from scripts import build_repository
 from scripts.quantization import model_file
+from scripts.quantization.graph import observed
 from scripts.sentence_encoder import sentence_encoder
 
 Float = NDArray[np.float32]
@@ -139,6 +140,22 @@ def test_padding_changes_nothing_that_matters(session: onnxruntime.InferenceSess
     unpadded = np.concatenate([embed(session, [row]) for row in ids])
     padded = embed(session, ids, 128)
     assert cosines(unpadded, padded).min() >= 0.9999
+
+
+def test_padding_is_left_out_of_everything_but_attention(ids: Ids) -> None:
+    fp32 = sentence_encoder(build_repository.ENCODER)
+    products = [node.output[0] for node in fp32.graph.node if node.op_type == "MatMul" and node.input[0] != "row"]
+    inputs, mask = batch(ids[:5], 128)
+    feeds = {"input_ids": inputs, "attention_mask": mask}
+    results = load(observed(fp32, products).SerializeToString()).run(products, feeds)
+    assert len(products) == 24
+    assert {result.shape[:-1] for result in results} == {(mask.sum(),)}
+
+
+def test_an_empty_row_disturbs_no_other(session: onnxruntime.InferenceSession, ids: Ids) -> None:
+    vectors = embed(session, [ids[0], [], ids[1]], 64)
+    assert not vectors[1].any()
+    np.testing.assert_array_equal(vectors[[0, 2]], embed(session, ids[:2], 64))
 
 
 def test_vectors_have_length_1_and_padding_alone_gives_zeros(session: onnxruntime.InferenceSession, ids: Ids) -> None:

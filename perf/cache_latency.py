@@ -1,0 +1,210 @@
+"""How long lookups, inserts and starts take: in this process, and through the real server."""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tritonclient import grpc
+
+from perf.prompt_pairs import load_pairs  # puts python_backends on the path
+from scripts.serving.installation import MODEL_REPOSITORY
+from scripts.serving.server import TritonServer
+
+from semantic_cache.cache import SemanticCache  # isort: skip
+from semantic_cache.guard import GuardedReads  # isort: skip
+from semantic_cache.key import Keys  # isort: skip
+from semantic_cache.policy import Policy  # isort: skip
+from semantic_cache.records import Entry, Vector  # isort: skip
+from semantic_cache.request import Lookup, parse_lookup  # isort: skip
+from semantic_cache.store import Store, StoreError  # isort: skip
+from semantic_cache.stores.sqlite import SqliteStore  # isort: skip
+from semantic_cache.verifier.verifier import Verifier  # isort: skip
+
+EMPTY = Path(__file__).parent / "repositories" / "empty"
+POLICY = Policy(max_entries=2_000_000, max_bytes=2**36)
+DIMENSIONS = 384
+TOPICS = 2000  # centres that the vectors crowd around, as prompts do
+CHUNK = 20_000
+LOOKUPS, ROUND_TRIPS = 1000, 2000
+FAR = 1e12
+
+
+class Bench:
+    """A store with many made-up prompts and vectors, and a cache on it whose embedder only looks vectors up."""
+
+    def __init__(self, store: Store, entries: int) -> None:
+        self.store = store
+        self.entries = entries
+        self.keys = Keys(store.secret(), "m:1", ("e:1", "v"))
+        self.late = 0  # lookups that the store did not answer within its deadline
+        self._vectors: dict[str, Vector] = {}
+        reads = GuardedReads(store, is_remote=not isinstance(store, SqliteStore))
+        self.cache = SemanticCache(POLICY, store, reads, self._embed, Verifier.load(), self._count_late)
+
+    def fill(self) -> float:
+        """Store all prompts, in few transactions, and read them into the index; return how long reading took, in s."""
+        for start, matrix in made_up_vectors(self.entries):
+            numbers = range(start, start + len(matrix))
+            self.store.put([self._entry(number, vector) for number, vector in zip(numbers, matrix, strict=True)])
+        started = time.perf_counter()
+        self.store.warm()
+        return time.perf_counter() - started
+
+    def exact_ms(self) -> float:
+        """Return the median time of finding a prompt by its bytes."""
+        lookups = [self._lookup(prompt(number)) for number in self._sample(LOOKUPS)]
+        late, found = self.late, []
+        median = median_ms(lookups, lambda lookup: found.append(self.cache.exact(lookup) is not None))
+        assert sum(found) + self.late - late == len(lookups), "a stored prompt was not found"
+        return median
+
+    def semantic_ms(self) -> tuple[float, float]:
+        """Return the median time of finding a prompt by meaning, without embedding, and how often it is the nearest.
+
+        That is a share of the lookups that were answered in time.
+        """
+        numbers = self._sample(LOOKUPS)
+        random = np.random.default_rng(1)
+        stored = dict(zip(numbers, self._stored(numbers), strict=True))
+        lookups = []
+        for number in numbers:
+            text = f"Please tell me {prompt(number).lower()}"
+            moved = stored[number] + 0.02 * random.standard_normal(DIMENSIONS).astype(np.float32)
+            self._vectors[text] = (moved / np.linalg.norm(moved)).astype(np.float32)
+            lookups.append(self._lookup(text))
+        answers: list[str] = []
+        late = self.late
+        median = median_ms(lookups, lambda lookup: answers.append(self.cache.search([lookup])[0].answer))
+        found = [answer == f"answer {number}" for answer, number in zip(answers, numbers, strict=True)]
+        return median, sum(found) / (len(found) - (self.late - late))
+
+    def _sample(self, count: int) -> list[int]:
+        chosen = np.random.default_rng(2).choice(self.entries, min(count, self.entries), replace=False)
+        return [int(number) for number in chosen]
+
+    def _stored(self, numbers: list[int]) -> list[Vector]:
+        wanted = set(numbers)
+        found = {
+            start + at: matrix[at]
+            for start, matrix in made_up_vectors(self.entries)
+            for at in range(len(matrix))
+            if start + at in wanted
+        }
+        return [found[number] for number in numbers]
+
+    def _entry(self, number: int, vector: Vector) -> Entry:
+        lookup = self._lookup(prompt(number))
+        answer = f"answer {number}"
+        return Entry(lookup.key, lookup.tenant, "m:1", lookup.prompt, answer, "{}", vector, (), 9, time.time(), FAR)
+
+    def _lookup(self, text: str) -> Lookup:
+        return parse_lookup(text.encode(), {}, POLICY, self.keys)
+
+    def _count_late(self, stage: str, error: Exception) -> None:
+        if not isinstance(error, StoreError):
+            raise RuntimeError(stage) from error
+        self.late += 1
+
+    def _embed(self, prompts: object) -> list[Vector | None]:
+        return [self._vectors[text] for text in prompts]  # type: ignore[attr-defined]
+
+
+def prompt(number: int) -> str:
+    """Return a prompt that no other number has."""
+    return f"What does the function module_{number % 997}.call_{number} return?"
+
+
+def made_up_vectors(entries: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield (first number, unit vectors) that are the same each time."""
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((TOPICS, DIMENSIONS)).astype(np.float32)
+    for start in range(0, entries, CHUNK):
+        count = min(CHUNK, entries - start)
+        noise = random.standard_normal((count, DIMENSIONS)).astype(np.float32)
+        matrix = centres[random.integers(TOPICS, size=count)] + noise
+        yield start, (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float32)
+
+
+def startup_s(open_store: Callable[[], Store]) -> float:
+    """Return the time from opening a store to the answer of its first search by meaning."""
+    started = time.perf_counter()
+    store = open_store()
+    store.warm()
+    partition = store.export(b"", 1)[0].key.partition
+    assert store.nearest(partition, next(made_up_vectors(1))[1][0], 5, 0.0)
+    taken = time.perf_counter() - started
+    store.close()
+    return taken
+
+
+def inserts_per_s(store: Store, batch: int, entries: int = 2000) -> float:
+    """Return how many entries are stored durably per second, `batch` at a time."""
+    bench = Bench(store, entries)
+    [(_, matrix)] = made_up_vectors(entries)
+    made = [bench._entry(number, vector) for number, vector in enumerate(matrix)]
+    started = time.perf_counter()
+    for at in range(0, entries, batch):
+        store.put(made[at : at + batch])
+    return entries / (time.perf_counter() - started)
+
+
+def triton_ms() -> dict[str, float]:
+    """Return median round trips over gRPC: an exact hit, a hit by meaning (embedding included), an empty model."""
+    pairs = [pair for pair in load_pairs("tune") if pair.label == "paraphrase"]
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder, "repository")
+        for model in ("embedder", "semantic_cache"):
+            shutil.copytree(MODEL_REPOSITORY / model, repository / model)
+        shutil.copytree(EMPTY, repository / "empty")
+        with (
+            TritonServer(repository, state_dir=Path(folder, "state")) as server,
+            grpc.InferenceServerClient(server.grpc_url) as client,
+        ):
+            for pair in pairs:
+                _store(client, pair.first)
+            exact = [_tensors(text_input=pair.first) for pair in pairs]
+            similar = [_tensors(text_input=pair.second) for pair in pairs]
+            found = [tensors for tensors in similar if _ask(client, tensors)]
+            rounds = {"exact": exact, "semantic": found, "empty": exact}
+            times: dict[str, list[float]] = {name: [] for name in rounds}
+            for at in range(ROUND_TRIPS):  # taking turns, so that a noisy moment is everyone's
+                for name, asked in rounds.items():
+                    model = "empty" if name == "empty" else "semantic_cache"
+                    started = time.perf_counter()
+                    client.infer(model, asked[at % len(asked)])
+                    times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def median_ms(items: list[Lookup], act: Callable[[Lookup], object]) -> float:
+    """Return the median time that `act` takes."""
+    times = []
+    for item in items:
+        started = time.perf_counter()
+        act(item)
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def _store(client: grpc.InferenceServerClient, text: str) -> None:
+    entry = client.infer("semantic_cache", _tensors(text_input=text), parameters={"cache": "refresh"})
+    handle = entry.as_numpy("cache_entry").item().decode()
+    client.infer("semantic_cache", _tensors(text_input="", cache_entry=handle, answer="an answer of a few words"))
+
+
+def _ask(client: grpc.InferenceServerClient, tensors: list[grpc.InferInput]) -> bool:
+    return bool(client.infer("semantic_cache", tensors).as_numpy("cached_output").item())
+
+
+def _tensors(**texts: str) -> list[grpc.InferInput]:
+    tensors = []
+    for name, text in texts.items():
+        tensor = grpc.InferInput(name, [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[text.encode()]], np.object_))
+        tensors.append(tensor)
+    return tensors

@@ -1,0 +1,74 @@
+"""The labelled prompt pairs in perf/data, and the cosines that the embedder gives them."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from scripts.serving.installation import MODEL_REPOSITORY, PYTHON_BACKENDS
+
+sys.path.append(str(PYTHON_BACKENDS))
+
+from semantic_cache.embedder import Embedder, Tokens, Vector
+
+PAIRS = Path(__file__).parent / "data" / "prompt_pairs.jsonl"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts. `label`: paraphrase, near_miss or unrelated; `kind`: how they differ; `split`: tune or test."""
+
+    first: str
+    second: str
+    label: str
+    kind: str
+    topic: str
+    split: str
+
+
+def load_pairs(split: str) -> list[Pair]:
+    """Return the pairs of one split; no topic is in both."""
+    pairs = [Pair(**json.loads(line)) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+    return [pair for pair in pairs if pair.split == split]
+
+
+def make_embedder() -> Embedder:
+    """Return the embedder of the built model repository, without a server."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    session = onnxruntime.InferenceSession(str(MODEL_REPOSITORY / "embedder" / "1" / "model.onnx"), options)
+
+    def infer(input_ids: Tokens, attention_mask: Tokens) -> Vector:
+        [vectors] = session.run(["embedding"], {"input_ids": input_ids, "attention_mask": attention_mask})
+        found: Vector = vectors
+        return found
+
+    return Embedder(MODEL_REPOSITORY / "semantic_cache" / "1" / "tokenizer.json", infer)
+
+
+def embed_all(prompts: Sequence[str]) -> dict[str, Vector]:
+    """Return the unit vector of every prompt, as the served embedder gives it alone or in any batch."""
+    embed = make_embedder()
+    vectors = {}
+    for at in range(0, len(prompts), 32):
+        chunk = prompts[at : at + 32]
+        for prompt, vector in zip(chunk, embed(chunk), strict=True):
+            assert vector is not None, f"longer than the embedder reads: {prompt[:60]!r}"
+            vectors[prompt] = vector
+    return vectors
+
+
+def similarities(pairs: Sequence[Pair]) -> list[float]:
+    """Return the cosine of each pair."""
+    vectors: dict[str, NDArray[np.float32]] = embed_all(
+        sorted({prompt for pair in pairs for prompt in (pair.first, pair.second)})
+    )
+    return [float(vectors[pair.first] @ vectors[pair.second]) for pair in pairs]
