@@ -1,17 +1,18 @@
-"""Decoding on an NVIDIA GPU, in one run: `python -m perf.gpu --pair FOLDER [--shape NAME ...]`.
+"""Everything that runs on an NVIDIA GPU, in one run: `python -m perf.gpu PAIR [--shape NAME ...] [--embedder FILE]`.
 
-FOLDER has 1/target and 1/draft, made by scripts.export_model --device cuda. Steps of Llama shapes with random weights
-are timed against the time that reading the weights takes, at the bandwidth measured here, and against the same call
-bare. The pair decodes plainly and speculatively, as it is and with a target made larger (feed-forward units added whose
-output projections are zero: the answers stay). The last line of output is the JSON for perf/results/gpu.json.
+PAIR is a folder made by perf.gpu_pair: a target and a draft, trained, exported, and prompts that neither has seen. The
+pair decodes plainly and speculatively, beside ONNX Runtime GenAI and transformers. Steps of Llama shapes with random
+weights are timed against the time that reading the weights takes, at the bandwidth measured here, and against the same
+call bare. FILE is an ONNX sentence encoder, in fp16. The last line of output is the JSON for perf/results/gpu.json.
 """
 
 import argparse
+import gc
 import importlib
 import json
-import pkgutil
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -25,35 +26,40 @@ import numpy as np
 import onnxruntime
 from rich.console import Console
 
-from perf.gpu_models import widen
+from perf.gpu_plot import plot
 from perf.paged_shapes import SHAPES, write_llama
-from scripts.demo_models.phrasings import UNSEEN
 from scripts.machine import describe_machine
 from scripts.serving.installation import PYTHON_BACKENDS
 
 sys.path.append(str(PYTHON_BACKENDS))
 
+from semantic_cache.exact_index import ExactIndex
+from semantic_cache.records import Vectors
 from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
+from speculative_decoding.engine_statistics import Statistics
 from speculative_decoding.execution_provider import execution_provider
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import PagedModel
-from speculative_decoding.row_independence import rows_are_independent
 from speculative_decoding.sequence import FinishReason
 from speculative_decoding.sequence import Sequence as Answer
-from speculative_decoding.tokenizer import Tokenizer
 from speculative_decoding.warm_up import measure_costs
 
+RESULTS = Path(__file__).parent / "results"
 CONTEXT, PAST = 2048, 512
 STEPS = tuple((batch, width) for batch in (1, 8, 32, 64) for width in (1, 5, 8))
 AT_ONCE = (1, 8, 32, 64)
-SPECULATION_LENGTH = 4
+SPECULATION_LENGTH = 8
 ANSWER_TOKENS = 96
-PROMPTS_CHECKED = 1000
-WIDER = 48  # how many times the larger target's feed-forward layers are wider
+CHECKED_TOKENS = 40
+PREFIX_TOKENS, QUESTION_TOKENS, PREFIXES = 1024, 32, 8
+CACHED_BYTES = 1 << 30
+ENTRIES, DIMENSIONS, LOOKUPS = 1_000_000, 384, 200
+EMBEDDED = (1, 8, 64)  # sentences of 32 tokens at once
+EMBEDDED_TOKENS = 32
 COPY_BYTES = 1 << 30
 REPEATS = 20
-MODULES = ("os", "re", "json", "asyncio", "logging", "socket", "email", "http", "ast", "string", "random", "decimal")
 console = Console(stderr=True)
 
 
@@ -80,7 +86,7 @@ def measure_steps(folder: Path) -> dict[str, dict[str, float]]:
 
         def step(batch: int = batch, tokens: Any = tokens, counts: Any = counts) -> None:
             model.lengths[:batch] = PAST
-            model.forward(0, tokens, counts)
+            model.forward(0, tokens, counts).argmax(-1)
 
         engine_ms[f"{batch}x{width}"] = median_ms(step)
         bare_ms[f"{batch}x{width}"] = median_ms(model.rehearsal(batch, width))
@@ -98,24 +104,15 @@ def median_ms(call: Callable[[], None]) -> float:
     return round(1e3 * statistics.median(times), 3)
 
 
-def questions(count: int) -> list[str]:
-    """Return questions about names of the standard library, in phrasings that the demo pair was not trained on."""
-    names = list[str]()
-    for root in MODULES:
-        module = importlib.import_module(root)
-        names += [f"{root}.{name}" for name in dir(module) if not name.startswith("_")]
-        names += [f"{root}.{found.name}" for found in pkgutil.iter_modules(getattr(module, "__path__", []))]
-    return [UNSEEN[number % len(UNSEEN)].format(n=names[number % len(names)]) for number in range(count)]
-
-
 class Pair:
     """A target with a draft, decoding so many sequences at once."""
 
-    def __init__(self, target: Path, draft: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         provider, slots = execution_provider("GPU", 0), max(AT_ONCE)
-        self.target = PagedModel(target, slots, 0, False, provider)
-        self.independent = rows_are_independent(self.target)
-        drafter = ModelDrafter(PagedModel(draft, slots, 0, False, provider))
+        target, draft = folder / "1" / "target", folder / "1" / "draft"
+        self.target = PagedModel(target, slots, 0, False, provider, CACHED_BYTES)
+        self.independent = limit_tokens(self.target)
+        drafter = ModelDrafter(PagedModel(draft, slots, 0, False, provider, CACHED_BYTES // 8))
         self.costs = measure_costs(self.target, drafter, SPECULATION_LENGTH)
         self._engine = Engine(self.target, drafter, SPECULATION_LENGTH, 10000, self.costs)
 
@@ -152,6 +149,10 @@ class Pair:
         speed = {"tokens_per_s": sum(map(len, answers)) / seconds, "acceptance_rate": rate}
         return answers, {**speed, "first_token_ms": statistics.median(first_ms)}
 
+    def statistics(self) -> Statistics:
+        """Return the engine's sums."""
+        return self._engine.statistics.copy()
+
     def close(self) -> None:
         """End the engine."""
         self._engine.stop()
@@ -159,24 +160,51 @@ class Pair:
 
 def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
     """Return plain and speculative tokens/s by sequences at once, greedily, and what else is seen of them."""
-    wish = GenerationOptions(max_tokens=ANSWER_TOKENS)
-    found: dict[str, Any] = {"plain": {}, "speculative": {}, "acceptance_rate": {}, "first_token_ms": {}}
+    wish = GenerationOptions(max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    ways = {
+        "plain": replace(wish, speculation_length=0),
+        "speculative": wish,
+        "draft model": replace(wish, drafter="model"),
+        "sampled plain": replace(wish, speculation_length=0, temperature=0.8, top_p=0.95, seed=1),
+        "sampled speculative": replace(wish, temperature=0.8, top_p=0.95, seed=1),
+    }
+    found: dict[str, Any] = {kind: {} for kind in (*ways, "acceptance_rate", "first_token_ms")}
     for at_once in AT_ONCE:
-        some = prompts[: max(8, 3 * at_once)]
-        for kind, length in (("plain", 0), ("speculative", None)) * 2:  # the first turn warms up
-            _, speed = pair.answer(some, [replace(wish, speculation_length=length)] * len(some), at_once)
+        some = prompts[: max(16, 3 * at_once)]
+        for kind, way in [*ways.items()] * 2:  # the first turn warms up
+            _, speed = pair.answer(some, [way] * len(some), at_once)
             found[kind][str(at_once)] = round(speed["tokens_per_s"], 1)
-        found["acceptance_rate"][str(at_once)] = round(speed["acceptance_rate"], 3)
-        found["first_token_ms"][str(at_once)] = round(speed["first_token_ms"], 2)
-        console.print(f"{at_once} at once: {found['plain'][str(at_once)]} plain, {found['speculative'][str(at_once)]}")
-    return found
+            if kind == "speculative":
+                found["acceptance_rate"][str(at_once)] = round(speed["acceptance_rate"], 3)
+                found["first_token_ms"][str(at_once)] = round(speed["first_token_ms"], 2)
+        console.print(at_once, "at once:", {kind: found[kind][str(at_once)] for kind in found})
+    statistics_, overhead = pair.statistics(), {}
+    overhead["round_ms"] = 1e3 * statistics_.step_s / statistics_.rounds
+    overhead["device_ms"] = 1e3 * statistics_.model_s / statistics_.rounds
+    return {**found, "rounds": {name: round(value, 3) for name, value in overhead.items()}}
+
+
+def measure_prefixes(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, float]:
+    """Return milliseconds to the first token of a question after a prefix never seen, and after one seen before."""
+    text = [token for prompt in prompts for token in prompt]
+    wish = [GenerationOptions(max_tokens=1)]
+    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    for number in range(PREFIXES + 2):
+        begin = number * (PREFIX_TOKENS + 2 * QUESTION_TOKENS)
+        prefix, rest = text[begin : begin + PREFIX_TOKENS], text[begin + PREFIX_TOKENS :]
+        for kind, question in (("cold", rest[:QUESTION_TOKENS]), ("warm", rest[QUESTION_TOKENS : 2 * QUESTION_TOKENS])):
+            _, speed = pair.answer([prefix + question], wish, 1)
+            found[kind].append(speed["first_token_ms"])
+    return {f"{kind}_ms": round(statistics.median(times[2:]), 3) for kind, times in found.items()}
 
 
 def count_differences(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, int]:
-    """Return, by way of decoding, how many answers differ from plain decoding one at a time or eight at once."""
+    """Return, by way of decoding, how many answers differ from plain decoding eight at a time."""
     differences = {}
     for name, sampling in (("greedy", {"temperature": 0.0}), ("seeded", {"temperature": 0.8, "top_p": 0.95})):
-        options = [GenerationOptions(max_tokens=40, seed=number, **sampling) for number in range(len(prompts))]
+        options = [
+            GenerationOptions(max_tokens=CHECKED_TOKENS, seed=number, **sampling) for number in range(len(prompts))
+        ]
         plain = [replace(wish, speculation_length=0) for wish in options]
         expected, _ = pair.answer(prompts, plain, 8)
         for kind, wishes, at_once in (
@@ -194,31 +222,78 @@ def count_differences(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, int
     return differences
 
 
+def measure_lookups() -> dict[str, float]:
+    """Return milliseconds of a lookup among ENTRIES vectors by exact search, and how often the nearest was found."""
+    cupy = importlib.import_module("cupy")
+    index, rng = ExactIndex(DIMENSIONS), np.random.default_rng(0)
+    matrix = rng.standard_normal((ENTRIES, DIMENSIONS), np.float32)
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    for begin in range(0, ENTRIES, 100_000):
+        part = matrix[begin : begin + 100_000]
+        index.add(Vectors(np.arange(begin, begin + len(part), dtype=np.uint64), [1.0] * len(part), part))
+    asked = matrix[:LOOKUPS] + rng.standard_normal((LOOKUPS, DIMENSIONS), np.float32) * DIMENSIONS**-0.5
+    asked /= np.linalg.norm(asked, axis=1, keepdims=True)
+    nearest = (cupy.asarray(asked) @ cupy.asarray(matrix).T).argmax(1).get()
+    times, right = [], 0
+    for vector, expected in zip(asked, nearest.tolist(), strict=True):
+        began = time.perf_counter()
+        found = index.nearest(vector, 5)
+        times.append(time.perf_counter() - began)
+        right += found[0] == expected
+    return {"ms": round(1e3 * statistics.median(times), 3), "recall_at_1": right / LOOKUPS}
+
+
+def measure_embedder(path: Path) -> dict[str, float]:
+    """Return sentences a second by sentences at once."""
+    options = {"device_id": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    session = onnxruntime.InferenceSession(str(path), providers=[("CUDAExecutionProvider", options)])
+    found = {}
+    for rows in EMBEDDED:
+        ids = np.random.default_rng(0).integers(1000, 20000, (rows, EMBEDDED_TOKENS))
+        feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        found[str(rows)] = round(1e3 * rows / median_ms(lambda feeds=feeds: session.run(None, feeds)), 1)
+    return found
+
+
+def peers(pair: Path) -> Any:
+    """Return what perf.gpu_peers prints, in a process of its own; what became of it when it fails."""
+    command = [sys.executable, "-m", "perf.gpu_peers", str(pair)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": f"exit {done.returncode}"}
+
+
 def main() -> None:
     """Measure, and print the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", type=Path, required=True)
+    parser.add_argument("pair", type=Path)
     parser.add_argument("--shape", choices=SHAPES, action="append", default=[])
+    parser.add_argument("--embedder", type=Path)
     arguments = parser.parse_args()
-    target, draft = (arguments.pair / "1" / role for role in ("target", "draft"))
     cupy = importlib.import_module("cupy")
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     bandwidth = measure_bandwidth()
-    results: dict[str, Any] = {"bandwidth_tb_s": round(bandwidth, 3), "step_ms": {}, "bare_ms": {}, "bound_ms": {}}
-    tokenizer = Tokenizer(target, "chat")
-    prompts = [tokenizer.encode_prompt(question) for question in questions(PROMPTS_CHECKED)]
+    made = json.loads((arguments.pair / "prompts.json").read_text())
+    prompts = made.pop("prompts")
+    pair = Pair(arguments.pair)
+    results: dict[str, Any] = {
+        "bandwidth_tb_s": round(bandwidth, 3),
+        "pair": {
+            **made,
+            "rows_independent": pair.independent,
+            "most_tokens": pair.target.most_tokens,
+            "prompts_checked": len(prompts),
+        },
+        "tokens_per_s": measure_pair(pair, prompts),
+        "prefix": measure_prefixes(pair, prompts),
+        "differences": count_differences(pair, prompts),
+    }
+    pair.close()
+    del pair
+    gc.collect()
+    results["acceptance_rate"] = results["tokens_per_s"].pop("acceptance_rate")
+    results["identical_outputs"] = not any(results["differences"].values())
+    results |= {"step_ms": {}, "bare_ms": {}, "bound_ms": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
-        widen(target, Path(scratch) / "wide", WIDER)
-        for name, folder, checked in (
-            ("demo", target, PROMPTS_CHECKED),
-            ("demo, widened", Path(scratch) / "wide", PROMPTS_CHECKED // 5),
-        ):
-            pair = Pair(folder, draft)
-            results[name] = {"rows_independent": pair.independent, **measure_pair(pair, prompts)}
-            results[name]["prompts_checked"] = checked
-            results[name]["differences"] = count_differences(pair, prompts[:checked])
-            pair.close()
-        shutil.rmtree(Path(scratch) / "wide")
         for name in arguments.shape:
             shape = SHAPES[name]
             write_llama(shape, Path(scratch) / name, CONTEXT)
@@ -227,12 +302,17 @@ def main() -> None:
             results["bound_ms"][name] = round(shape.weight_bytes / bandwidth / 1e9, 3)
             console.print(name, results["step_ms"][name], results["bare_ms"][name], results["bound_ms"][name])
             shutil.rmtree(Path(scratch) / name)
-    wide = results["demo, widened"]
-    results["tokens_per_s"] = {kind: wide[kind] for kind in ("plain", "speculative")}
-    results["acceptance_rate"] = wide["acceptance_rate"]
-    differences = [sum(results[name]["differences"].values()) for name in ("demo", "demo, widened")]
-    results["identical_outputs"] = not any(differences)
+    lookups = measure_lookups()
+    results |= {"cache_lookup_ms_1m": lookups["ms"], "cache_recall_at_1": lookups["recall_at_1"]}
+    gc.collect()
+    cupy.get_default_memory_pool().free_all_blocks()
+    if arguments.embedder:
+        results["embedder_sentences_per_s"] = measure_embedder(arguments.embedder)
+    results["peers"] = peers(arguments.pair)
     results["machine"] = {**describe_machine(), "gpu": gpu, "onnxruntime": onnxruntime.__version__}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "gpu.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    plot(RESULTS / "gpu.png", results)
     print(json.dumps(results))
 
 

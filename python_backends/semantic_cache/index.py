@@ -1,27 +1,18 @@
-"""Nearest stored prompts by vector: one approximate index per partition, caught up from the store."""
+"""Nearest stored prompts by vector: one index per partition, caught up from the store."""
 
-import heapq
 import logging
-import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
 
-from usearch.index import Index
-
+from semantic_cache.partition_index import GraphIndex, MakeIndex, PartitionIndex, kept, kept_last_id
 from semantic_cache.records import Candidate, Vector, Vectors
 from semantic_cache.store import Loading
 
 CHUNK = 4096  # vectors read from the store at a time, and the most that a search waits for
-EXPANSION_ADD = 32  # candidates per insertion: builds several times faster than usearch's 128, at equal recall
-EXPANSION_SEARCH = 256  # recall at 100,000 entries; a search stays well under a millisecond
-
 EXPIRE_INTERVAL_S = 60.0
 WIDER, ROUNDS = 4, 5  # a search that meets the dead looks so much further, so often: thousands are passed in one search
-FIRST = 256  # added by one thread: several that begin an empty graph at once can leave parts of it unreachable
 KEPT = 2000  # entries of a partition from which on reading its index beats making it
-SUFFIX = ".usearch"
 MOST_DEAD = 1.5  # vectors for each entry that is left, beyond which a kept index is not worth reading
 GROWTH = 0.1  # by which it is written anew: what is added after that is caught up from the store
 
@@ -29,86 +20,6 @@ Feed = Callable[[bytes, int, float, int, int], Vectors]
 Fetch = Callable[[bytes, Sequence[int], float], dict[int, Candidate]]
 
 logger = logging.getLogger(__name__)
-
-
-class PartitionIndex:
-    """The vectors of one partition, in int8: near enough to choose candidates, not to judge them."""
-
-    def __init__(self, dimensions: int) -> None:
-        self._graph = Index(
-            ndim=dimensions,
-            metric="cos",
-            dtype="i8",
-            expansion_add=EXPANSION_ADD,
-            expansion_search=EXPANSION_SEARCH,
-        )
-        self._expiries: list[tuple[float, int]] = []
-        self.last_id = 0
-        self.unsaved = 0  # vectors added since it was read from a file or written to one
-
-    @classmethod
-    def restore(cls, path: Path, dimensions: int) -> Self | None:
-        """Return what save() wrote, None when it is no index of such vectors."""
-        index = cls(dimensions)
-        try:
-            index._graph.load(str(path))
-            index.last_id = kept_last_id(path)
-        except (OSError, RuntimeError, ValueError):
-            return None
-        return index if index._graph.ndim == dimensions else None
-
-    def save(self, folder: Path, name: str) -> None:
-        """Write the index, whole or not at all; its times of expiry are not kept: the store knows them.
-
-        The last id is part of the file's name, so that no crash can part the two.
-        """
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial, target = folder / f".{name}.{os.getpid()}", folder / f"{name}.{self.last_id}{SUFFIX}"
-        self._graph.save(str(partial))
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        older = [path for path in kept(folder, name) if path != target]
-        partial.replace(target)
-        for path in older:
-            path.unlink(missing_ok=True)
-        self.unsaved = 0
-
-    @property
-    def size(self) -> int:
-        """How many vectors it holds."""
-        return len(self._graph)
-
-    @property
-    def dimensions(self) -> int:
-        """Of its vectors."""
-        return int(self._graph.ndim)
-
-    def add(self, vectors: Vectors) -> None:
-        """Add vectors whose ids are above `last_id`, in ascending order."""
-        alone = 0 if self.size else FIRST
-        self._graph.add(vectors.ids[:alone], vectors.matrix[:alone], threads=1)
-        self._graph.add(vectors.ids[alone:], vectors.matrix[alone:])
-        self.last_id = int(vectors.ids[-1])
-        self.unsaved += len(vectors.expiries)
-        for expiry, id_ in zip(vectors.expiries, vectors.ids.tolist(), strict=True):
-            heapq.heappush(self._expiries, (expiry, id_))
-
-    def nearest(self, vector: Vector, count: int) -> list[int]:
-        """Return the ids of about the `count` nearest vectors, nearest first."""
-        return [int(key) for key in self._graph.search(vector, count).keys] if self.size else []
-
-    def remove(self, ids: Iterable[int]) -> None:
-        """Forget these ids; unknown ones are ignored."""
-        for id_ in ids:
-            if id_ in self._graph:
-                self._graph.remove(id_)
-
-    def expire(self, now: float) -> None:
-        """Forget what has expired, so that the index does not outgrow the store."""
-        expired = []
-        while self._expiries and self._expiries[0][0] <= now:
-            expired.append(heapq.heappop(self._expiries)[1])
-        self.remove(expired)
 
 
 class Indexes:
@@ -119,8 +30,9 @@ class Indexes:
     id, now, dimensions, at most so many). One thread searches; load() and keep() may be called on others.
     """
 
-    def __init__(self, feed: Feed, folder: Path | None = None) -> None:
+    def __init__(self, feed: Feed, folder: Path | None = None, make: MakeIndex = GraphIndex) -> None:
         """`folder`: where indexes of large partitions are kept over a restart; the store is still the truth."""
+        self._make = make
         self._feed = feed
         self._folder = folder
         self._partitions: dict[bytes, PartitionIndex] = {}
@@ -162,7 +74,7 @@ class Indexes:
                 if partition in self._loading:
                     raise Loading
                 index = self._partitions.get(partition)
-            index = index or PartitionIndex(vector.size)
+            index = index or self._make(vector.size)
             vectors = self._feed(partition, index.last_id, now, vector.size, CHUNK)
             if vectors.expiries:
                 index.add(vectors)
@@ -221,11 +133,12 @@ class Indexes:
 
     def _restored(self, partition: bytes, dimensions: int, entries: int | None) -> PartitionIndex:
         for path in kept(self._folder, partition.hex()) if self._folder else ():
-            index = PartitionIndex.restore(path, dimensions)
-            if index and (entries is None or index.size <= MOST_DEAD * entries):
+            index = self._make(dimensions)
+            restored = index.restore(path)
+            if restored and (entries is None or index.size <= MOST_DEAD * entries):
                 return index
-            logger.warning("%s is %s: it is made anew", path.name, "mostly of the dead" if index else "broken")
-        return PartitionIndex(dimensions)
+            logger.warning("%s is %s: it is made anew", path.name, "mostly of the dead" if restored else "broken")
+        return self._make(dimensions)
 
     def _load(self, partition: bytes, dimensions: int, now: float, entries: int | None) -> None:
         """Read until nothing new is there; nobody else touches an index that is loading."""
@@ -243,16 +156,5 @@ class Indexes:
                 self._loading.pop(partition).set()
 
 
-def kept(folder: Path, name: str = "*") -> list[Path]:
-    """Return the kept indexes of a partition, or of all, the newest first."""
-    found = [path for path in folder.glob(f"{name}.*{SUFFIX}") if path.name.split(".")[-2].isdecimal()]
-    return sorted(found, key=kept_last_id, reverse=True)
-
-
-def kept_last_id(path: Path) -> int:
-    """Return the last id that a kept index knows."""
-    return int(path.name.split(".")[-2])
-
-
 def _is_due(index: PartitionIndex, growth: float) -> bool:
-    return index.size >= KEPT and index.unsaved > growth * index.size
+    return index.is_kept and index.size >= KEPT and index.unsaved > growth * index.size

@@ -23,11 +23,13 @@ from semantic_cache.admin import Admin
 from semantic_cache.batcher import Batcher
 from semantic_cache.cache import Outcome, SemanticCache
 from semantic_cache.embedder import Embedder, Tokens
+from semantic_cache.exact_index import ExactIndex
 from semantic_cache.guard import GuardedReads
 from semantic_cache.janitor import Janitor
 from semantic_cache.key import Keys
 from semantic_cache.metrics import Metrics
 from semantic_cache.opening import open_store
+from semantic_cache.partition_index import GraphIndex
 from semantic_cache.policy import Policy
 from semantic_cache.records import Vector
 from semantic_cache.replay import pieces
@@ -65,7 +67,9 @@ class TritonPythonModel:
         tokenizer_file = Path(args["model_repository"], args["model_version"], "tokenizer.json")
         embedder, _, version = policy.embedder.partition(":")
         embed = Embedder(tokenizer_file, partial(_infer, embedder, int(version)))
-        self._store, secret, is_remote = open_store(policy.store)
+        on_gpu, number = args["model_instance_kind"] == "GPU", int(args["model_instance_device_id"])
+        make_index = partial(ExactIndex, device=number) if on_gpu else GraphIndex
+        self._store, secret, is_remote = open_store(policy.store, make_index=make_index)
         judges = (policy.embedder, verifier.version if verifier else "none")
         self._keys = Keys(secret, policy.fronted_model, judges)
         self._metrics = Metrics()

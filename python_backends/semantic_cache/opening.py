@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from semantic_cache.partition_index import GraphIndex, MakeIndex
 from semantic_cache.store import Store, StoreError
 from semantic_cache.stores.sqlite import SqliteStore
 
@@ -23,7 +24,7 @@ class Opened(NamedTuple):
     is_remote: bool
 
 
-def open_store(setting: str, environment: Mapping[str, str] = os.environ) -> Opened:
+def open_store(setting: str, environment: Mapping[str, str] = os.environ, make_index: MakeIndex = GraphIndex) -> Opened:
     """Open what SEMANTIC_CACHE_STORE names, else the parameter `store`, else a file in INFERENCE_STATE_DIR.
 
     The secret is the store's own, or SEMANTIC_CACHE_SECRET (64 hexadecimal digits), with which an export can be taken
@@ -39,18 +40,18 @@ def open_store(setting: str, environment: Mapping[str, str] = os.environ) -> Ope
         place = str(Path(environment[STATE_VARIABLE], STORE_NAME))
     is_remote = "://" in place
     try:
-        store = _open(place, environment.get(STATE_VARIABLE))
+        store = _open(place, environment.get(STATE_VARIABLE), make_index)
         secret = _secret(environment) or store.secret()
     except (OSError, StoreError) as error:
         raise RuntimeError(f"the semantic cache cannot open its store {_without_password(place)}: {error}") from error
     return Opened(store, secret, is_remote)
 
 
-def _open(place: str, state_dir: str | None) -> Store:
+def _open(place: str, state_dir: str | None, make_index: MakeIndex) -> Store:
     if place.startswith(("postgresql://", "postgres://")):
         from semantic_cache.stores.postgres import PostgresStore  # its driver is installed where it is used
 
-        return PostgresStore(place, Path(state_dir, INDEXES_NAME) if state_dir else None)
+        return PostgresStore(place, Path(state_dir, INDEXES_NAME) if state_dir else None, make_index)
     if place.startswith(("https://", "http://")):
         from semantic_cache.stores.cosmos import CosmosStore
 
@@ -58,7 +59,7 @@ def _open(place: str, state_dir: str | None) -> Store:
     if "://" in place:
         scheme = place.partition("://")[0]
         raise ValueError(f"parameter store begins with {scheme}://; it must be a file, postgresql:// or https://")
-    return SqliteStore(Path(place))
+    return SqliteStore(Path(place), make_index)
 
 
 def _secret(environment: Mapping[str, str]) -> bytes | None:

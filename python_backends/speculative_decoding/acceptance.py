@@ -6,22 +6,54 @@ from collections.abc import Sequence as Row
 import numpy as np
 
 from speculative_decoding.decoder import Logits
-from speculative_decoding.noise import Stream, uniform
+from speculative_decoding.noise import Stream, key_of, uniform
+from speculative_decoding.paged_logits import PagedLogits
 from speculative_decoding.sampling import Distribution, sample
 from speculative_decoding.sequence import Sequence
+from speculative_decoding.speculation import Drafts
 
 Choose = Callable[[int], int]  # the target's choice after the committed tokens and so many drafted ones
 
 
-def accept_drafts(sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits) -> list[int]:
-    """Return the tokens to commit: 1 to k + 1 of k drafted, given the target's logits [k + 1, vocabulary].
+def accept_drafts(sequences: Row[Sequence], drafts: Drafts, logits: Logits) -> list[list[int]]:
+    """Return the tokens to commit for each row: 1 to k + 1 of k drafted, given the target's logits.
 
-    proposed: what each was sampled from, where drafts are judged by rejection.
+    logits: [rows, longest + 1, vocabulary], after the last committed token and after each drafted one.
     """
+    drafted, lengths, chosen = drafts.tokens.tolist(), drafts.lengths.tolist(), choose_together(sequences, logits)
+    return [
+        _accept_row(sequence, drafted[row][: lengths[row]], drafts.distributions.get(row, []), logits[row], chosen[row])
+        for row, sequence in enumerate(sequences)
+    ]
+
+
+def choose_together(sequences: Row[Sequence], logits: Logits) -> list[list[int] | None]:
+    """Return the target's choices at every place of each row, None for rows that are chosen for place by place.
+
+    Those are whose choices depend on the drafts before; on the host also what is sampled, for a rejected draft ends
+    the work there. The choices do not depend on where they are made, but for rounding.
+    """
+    on_device = isinstance(logits, PagedLogits)
+    together = [
+        not sequence.by_rejection and (sequence.options.is_bare or (on_device and not sequence.sampler.looks_back))
+        for sequence in sequences
+    ]
+    if not any(together):
+        return [None] * len(together)
+    if on_device and not all(sequence.options.is_bare for sequence in sequences):
+        chosen = logits.choose(np.stack([sequence.sampler.wishes(logits.shape[1]) for sequence in sequences]))
+    else:
+        chosen = logits.argmax(-1)
+    return [row if whole else None for row, whole in zip(chosen.tolist(), together, strict=True)]
+
+
+def _accept_row(
+    sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits, chosen: list[int] | None
+) -> list[int]:
+    """Return the tokens of one row to commit, given its logits [at least k + 1, vocabulary] or the choices of them."""
     sampler = sequence.sampler
-    if sequence.options.is_bare:
-        best = logits.argmax(-1).tolist()
-        return accept(drafted, best.__getitem__)
+    if chosen is not None:
+        return accept(drafted, chosen.__getitem__)
     if sequence.by_rejection:
         return accept_by_rejection(
             drafted,
@@ -63,7 +95,7 @@ def accept_by_rejection(
     committed: list[int] = []
     for place, (token, draft) in enumerate(zip(drafted, proposed, strict=True)):
         target, here = wanted(place), position + place
-        if uniform(seed, here, Stream.ACCEPT) * draft.of(token) < target.of(token):
+        if uniform(key_of(seed, here, Stream.ACCEPT)) * draft.of(token) < target.of(token):
             committed.append(token)
         else:
             return [*committed, _sample(_residual(target, draft), seed, here, Stream.RESIDUAL)]
@@ -85,4 +117,4 @@ def _residual(target: Distribution, draft: Distribution) -> Distribution:
 
 def _sample(distribution: Distribution, seed: int, position: int, stream: Stream) -> int:
     with np.errstate(divide="ignore"):
-        return sample(distribution.tokens, np.log(distribution.probabilities), seed, position, stream)
+        return sample(distribution.tokens, np.log(distribution.probabilities), key_of(seed, position, stream))

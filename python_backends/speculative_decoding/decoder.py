@@ -41,6 +41,9 @@ class Decoder(Protocol):
     def forward(self, first: int, tokens: Tokens, counts: Counts) -> Logits:
         """Feed row r's first counts[r] of `tokens` to slot first + r; return logits, valid until the next call."""
 
+    def widest(self, rows: int) -> int:
+        """Return how many tokens each of so many rows may have in one call."""
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot."""
 

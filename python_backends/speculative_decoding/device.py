@@ -1,8 +1,6 @@
 """Where a model's arrays are: NumPy's on the CPU, CuPy's on an NVIDIA GPU, bound to ONNX Runtime by address."""
 
-import importlib
 from abc import ABC, abstractmethod
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,39 +8,9 @@ import onnxruntime
 from numpy.typing import DTypeLike, NDArray
 
 from speculative_decoding.execution_provider import Provider
+from speculative_decoding.sampling import WISH, Filters, choose
 
 Array = Any  # numpy.ndarray or cupy.ndarray
-SPARE_BYTES = 1 << 30  # of a GPU's memory, left to ONNX Runtime's activations and the kernels
-
-# One thread block for each row; the lowest index among equals, as NumPy's argmax.
-ARGMAX = r"""
-#include <cuda_fp16.h>
-extern "C" __global__ void argmax(const T* logits, int* best, long long columns) {
-    __shared__ float values[256];
-    __shared__ int places[256];
-    const T* row = logits + (long long)blockIdx.x * columns;
-    float value = __int_as_float(0xff800000);
-    int place = 0x7fffffff;
-    for (int column = threadIdx.x; column < columns; column += 256) {
-        float here = (float)row[column];
-        if (here > value || place == 0x7fffffff) { value = here; place = column; }
-    }
-    values[threadIdx.x] = value;
-    places[threadIdx.x] = place;
-    for (int half = 128; half; half >>= 1) {
-        __syncthreads();
-        if (threadIdx.x < half) {
-            float other = values[threadIdx.x + half];
-            int there = places[threadIdx.x + half];
-            if (other > values[threadIdx.x] || (other == values[threadIdx.x] && there < places[threadIdx.x])) {
-                values[threadIdx.x] = other;
-                places[threadIdx.x] = there;
-            }
-        }
-    }
-    if (threadIdx.x == 0) best[blockIdx.x] = places[0];
-}
-"""
 
 
 class OutOfDeviceMemoryError(ValueError):
@@ -81,8 +49,20 @@ class Device(ABC):
         """Copy array[:, source] to array[:, destination]."""
 
     @abstractmethod
-    def argmax(self, logits: Array, best: Array) -> None:
-        """Write each row's likeliest column to `best` int32 [rows], the lowest of equals."""
+    def argmax(self, logits: Array, chosen: Array) -> None:
+        """Write each row's likeliest column to `chosen` int32 [rows], the lowest of equals."""
+
+    @abstractmethod
+    def choose(self, logits: Array, wishes: Array, chosen: Array) -> None:
+        """Write what is chosen of each row to `chosen` int32 [rows], as `wishes` WISH [rows], given as bytes, say."""
+
+    @abstractmethod
+    def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
+        """Make a call's inputs those of the next token of each row: what was `chosen` after its last fed token.
+
+        chosen int32 [rows * width]; tokens int64 [rows * width], past, counts (fed tokens), proposals int32 [rows].
+        What was chosen is written to `proposals`; a row that was fed nothing stays as it is.
+        """
 
     @abstractmethod
     def free_bytes(self) -> int | None:
@@ -119,87 +99,21 @@ class HostDevice(Device):
     def copy(self, array: Array, source: int, destination: int) -> None:
         array[:, destination] = array[:, source]
 
-    def argmax(self, logits: Array, best: Array) -> None:
-        best[...] = logits.argmax(-1)
+    def argmax(self, logits: Array, chosen: Array) -> None:
+        chosen[...] = logits.argmax(-1)
+
+    def choose(self, logits: Array, wishes: Array, chosen: Array) -> None:
+        for row, (key, temperature, top_p, least, top_k) in enumerate(wishes.view(WISH).tolist()):
+            chosen[row] = choose(logits[row].astype(np.float32), Filters(temperature, top_k, top_p, least), key)
+
+    def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
+        first = np.arange(len(counts)) * (len(chosen) // len(counts))
+        proposals[...] = tokens[first] = np.where(counts, chosen[first + np.maximum(counts, 1) - 1], 0)
+        past += counts
+        counts[...] = counts > 0
 
     def free_bytes(self) -> int | None:
         return None
 
     def run_options(self, graph: int | None) -> Any:
         return onnxruntime.RunOptions()
-
-
-class CudaDevice(Device):
-    """A GPU: everything is queued on one stream, which ONNX Runtime shares, and waited for only in `download`."""
-
-    name = "cuda"
-
-    def __init__(self, provider: Provider) -> None:
-        self._cupy = importlib.import_module("cupy")
-        onnxruntime.preload_dlls()  # CUDA's, where Python packages brought them
-        kind, options = provider
-        self.number = int(options["device_id"])
-        self._device = self._cupy.cuda.Device(self.number)
-        with self._device:
-            self._stream = self._cupy.cuda.Stream(non_blocking=True)
-        self.provider = kind, {**options, "enable_cuda_graph": "1", "user_compute_stream": str(self._stream.ptr)}
-
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.free_bytes()
-        if needed > free:
-            raise OutOfDeviceMemoryError(f"{needed} bytes are needed on GPU {self.number}, which has {free} free")
-        with self._device, self._stream:
-            return self._cupy.zeros(shape, dtype)
-
-    def address(self, array: Array) -> int:
-        return int(array.data.ptr)
-
-    def upload(self, array: Array, values: NDArray[Any]) -> None:
-        with self._device:
-            array.set(np.ascontiguousarray(values, array.dtype), stream=self._stream)
-
-    def download(self, array: Array) -> NDArray[Any]:
-        with self._device, self._stream:
-            values: NDArray[Any] = array.get(stream=self._stream, blocking=True)
-            return values
-
-    def synchronize(self) -> None:
-        self._stream.synchronize()
-
-    def copy(self, array: Array, source: int, destination: int) -> None:
-        with self._device, self._stream:
-            array[:, destination] = array[:, source]
-
-    def argmax(self, logits: Array, best: Array) -> None:
-        with self._device, self._stream:
-            kernel = self._argmax_half if logits.dtype == np.float16 else self._argmax_float
-            kernel((logits.shape[0],), (256,), (logits, best, np.int64(logits.shape[1])))
-
-    def free_bytes(self) -> int:
-        with self._device:
-            free: int = self._cupy.cuda.runtime.memGetInfo()[0] + self._cupy.get_default_memory_pool().free_bytes()
-            return max(0, free - SPARE_BYTES)
-
-    def run_options(self, graph: int | None) -> Any:
-        options = onnxruntime.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1" if graph is None else str(graph))
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return options
-
-    @cached_property
-    def _argmax_half(self) -> Any:
-        return self._cupy.RawKernel(ARGMAX.replace("const T*", "const __half*"), "argmax")
-
-    @cached_property
-    def _argmax_float(self) -> Any:
-        return self._cupy.RawKernel(ARGMAX.replace("const T*", "const float*"), "argmax")
-
-
-def device_of(provider: Provider) -> Device:
-    """Return the device that an execution provider works on. Raises ValueError where CuPy is missing."""
-    if provider[0] != "CUDAExecutionProvider":
-        return HostDevice(provider)
-    try:
-        return CudaDevice(provider)
-    except ModuleNotFoundError as error:
-        raise ValueError("instance_group asks for KIND_GPU, which needs CuPy: install cupy-cuda13x") from error

@@ -13,6 +13,7 @@ from speculative_decoding.draft_loop import LARGEST_BYTES, DraftLoop
 from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
+from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.sampling import Distribution
 from speculative_decoding.sequence import Sequence
 
@@ -89,26 +90,39 @@ class ModelDrafter(Drafter):
         return len(missing)
 
     def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
-        drafting = np.flatnonzero(lengths)
-        rows = int(drafting[-1]) + 1
-        lengths = lengths[:rows]
-        sampled = [(row, sequences[row]) for row in drafting.tolist() if not sequences[row].options.is_bare]
-        longest = int(lengths.max())
-        proposals = Proposals(np.zeros((rows, longest), np.int64), {row: [] for row, _ in sampled})
-        tokens, counts = self._unseen(sequences[:rows], lengths)
+        rows = int(np.flatnonzero(lengths)[-1]) + 1
+        sequences, lengths, longest = sequences[:rows], lengths[:rows], int(lengths.max())
+        tokens, counts = self._unseen(sequences, lengths)
+        sampled = [row for row in range(rows) if lengths[row] and not sequences[row].options.is_bare]
+        if isinstance(self._model, PagedModel) and not any(sequences[row].by_rejection for row in sampled):
+            wishes = np.stack([one.sampler.wishes(longest) for one in sequences], axis=1) if sampled else None
+            return Proposals(self._model.follow(tokens, counts, longest, wishes), {})
         if not sampled and (loop := self._loop(rows, longest)):
             return Proposals(loop.run(tokens, counts)[:, :longest], {})
+        return self._step_by_step(sequences, lengths, tokens, counts, sampled)
+
+    def _step_by_step(
+        self,
+        sequences: Rows[Sequence],
+        lengths: NDArray[np.int32],
+        tokens: NDArray[np.int64],
+        counts: NDArray[np.int32],
+        sampled: list[int],
+    ) -> Proposals:
+        """Propose with one call for each token: `tokens` and `counts` are what is fed first."""
+        rows, longest = len(sequences), int(lengths.max())
+        proposals = Proposals(np.zeros((rows, longest), np.int64), {row: [] for row in sampled})
         picked = np.arange(rows)
         for step in range(longest):
             counts *= lengths > step
             logits = self._model.forward(0, tokens, counts)
             logits = logits[:, 0] if tokens.shape[1] == 1 else logits[picked, counts - 1]
             proposals.tokens[:, step] = logits.argmax(-1)
-            for row, sequence in sampled:
+            for row in sampled:
                 if lengths[row] > step:
                     ahead = proposals.tokens[row, :step].tolist()
                     proposals.tokens[row, step] = self._sample(
-                        sequence, logits[row], ahead, proposals.distributions[row]
+                        sequences[row], logits[row], ahead, proposals.distributions[row]
                     )
             tokens = proposals.tokens[:, step : step + 1]
             counts = np.ones(rows, np.int32)
@@ -117,7 +131,9 @@ class ModelDrafter(Drafter):
     def rehearse(self, rows: int, length: int) -> None:
         """Make the calls that proposing `length` tokens for so many rows takes, in slots that are empty again after."""
         tokens, counts = np.zeros((rows, 2), np.int64), np.full(rows, 2, np.int32)
-        if loop := self._loop(rows, length):
+        if isinstance(self._model, PagedModel):
+            self._model.follow(tokens, counts, length, None)
+        elif loop := self._loop(rows, length):
             loop.run(tokens, counts)
         else:
             for step in range(length):

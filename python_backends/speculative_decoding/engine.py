@@ -153,11 +153,12 @@ class Engine:
                 self._begin(slot, sequence, logits)
 
     def _begin(self, slot: int, sequence: Sequence, logits: Logits) -> None:
-        """Commit the first token of an answer, logits [1, vocabulary] being those of the prompt's last."""
+        """Commit the first token of an answer, logits [1, 1, vocabulary] being those of the prompt's last."""
         self._scheduler.start_decoding()
         sequence.first_token = time.monotonic()
         self.statistics.prompt_tokens += len(sequence.prompt)
-        self._commit(slot, sequence, accept_drafts(sequence, [], [], logits), logits)
+        [tokens] = accept_drafts([sequence], Drafts.none(1), logits)
+        self._commit(slot, sequence, tokens, logits[0])
         if not sequence.finished:  # its first token is on its way: now others may use the prompt
             self._prefixes.keep(slot, sequence)
 
@@ -168,12 +169,10 @@ class Engine:
         drafts = self._draft(running)
         drafted_at = time.perf_counter()
         logits = self._verify(running, drafts)
+        accepted = accept_drafts(running, drafts, logits)
         for slot in reversed(range(len(running))):  # a sequence that ends is replaced by a later one, already served
-            sequence, length = running[slot], int(drafts.lengths[slot])
-            drafted = drafts.tokens[slot, :length].tolist()
-            proposed = drafts.distributions.get(slot, [])
-            tokens = accept_drafts(sequence, drafted, proposed, logits[slot, : length + 1])
-            self._record(sequence, length, len(tokens) - 1)
+            sequence, length, tokens = running[slot], int(drafts.lengths[slot]), accepted[slot]
+            self._record(sequence, length, tokens)
             self._commit(slot, sequence, tokens, logits[slot])
         self.statistics.model_s += self._ran_s() - ran
         ended = time.perf_counter()
@@ -186,7 +185,7 @@ class Engine:
     def _draft(self, running: list[Sequence]) -> Drafts:
         """Return what the drafters propose for the running sequences, as far as all have room."""
         room = self.context_length - max(len(sequence.tokens) for sequence in running)
-        return self._speculation.draft(running, room)
+        return self._speculation.draft(running, min(room, self._target.widest(len(running)) - 1))
 
     def _verify(self, running: list[Sequence], drafts: Drafts) -> Logits:
         """Return the target's logits after the last committed token and after each draft, [rows, k + 1, vocabulary]."""
@@ -196,10 +195,12 @@ class Engine:
         tokens[:, 1:] = drafts.tokens
         return self._target.forward(0, tokens, drafts.lengths + 1)
 
-    def _record(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+    def _record(self, sequence: Sequence, drafted: int, tokens: list[int]) -> None:
+        """Learn from how many drafted tokens stood, of which the next `tokens` begin with."""
+        accepted = len(tokens) - 1
         sequence.drafted += drafted
         sequence.accepted += accepted
-        self._speculation.record(sequence, drafted, accepted)
+        self._speculation.record(sequence, drafted, tokens)
         self.statistics.verified(drafted, accepted)
 
     def _record_round(self, drafts: Drafts, seconds: float, verify_s: float) -> None:

@@ -153,6 +153,10 @@ class LanguageModel:
         self.ran_s += time.perf_counter() - started
         return call.logits
 
+    def widest(self, rows: int) -> int:
+        """Return how many tokens each of so many rows may have in one call."""
+        return self.context_length
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot; a shorter slot stays as it is."""
         if self.lengths[slot] > length:

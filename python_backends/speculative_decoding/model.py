@@ -12,8 +12,8 @@ import triton_python_backend_utils as pb_utils
 sys.path.append(str(Path(__file__).parents[1]))  # Triton adds this file's folder only
 
 from speculative_decoding.answer_store import AnswerStore
+from speculative_decoding.cuda_device import device_of
 from speculative_decoding.decoder import Decoder, DecoderSettings, load_decoder, shares
-from speculative_decoding.device import device_of
 from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import Provider, execution_provider
@@ -21,6 +21,7 @@ from speculative_decoding.failures import errors_to
 from speculative_decoding.flights import Flights
 from speculative_decoding.metrics import Metrics
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.prefix_reuse import open_kv_cache
 from speculative_decoding.replay import pieces
@@ -60,7 +61,7 @@ class TritonPythonModel:
         target, draft = self._load(folder, provider)
         self._has_draft = draft is not None
         self._vocabulary = target.shape.vocabulary
-        self._is_exact = rows_are_independent(target)
+        self._is_exact = limit_tokens(target) if isinstance(target, PagedModel) else rows_are_independent(target)
         if not self._is_exact:
             pb_utils.Logger.log_warn(NOT_INDEPENDENT.format(model=args["model_name"]))
         reuse, name = self._settings.reuse, args["model_name"]

@@ -20,33 +20,44 @@ class Stream(enum.IntEnum):
     RESIDUAL = 3
 
 
-def gumbel(seed: int, position: int, tokens: NDArray[np.int64], stream: Stream = Stream.CHOICE) -> NDArray[np.float64]:
-    """Return standard Gumbel noise for each of `tokens`, a function of (seed, position, token, stream).
+def gumbel(key: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return standard Gumbel noise for each of `tokens`, a function of the token and the key of its position.
 
     argmax(log p + noise) is then a sample of p (Gumbel 1954; Maddison et al. 2014).
     """
-    uniform = (_bits(seed, position, tokens, stream) + 0.5) * RESOLUTION
+    uniform = (_bits(key, tokens) + 0.5) * RESOLUTION
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
 
 
-def uniform(seed: int, position: int, stream: Stream) -> float:
-    """Return a number between 0 and 1, neither included, a function of (seed, position, stream)."""
-    return float((_bits(seed, position, np.zeros(1, np.int64), stream)[0] + 0.5) * RESOLUTION)
+def uniform(key: int) -> float:
+    """Return a number between 0 and 1, neither included."""
+    return float((_bits(key, np.zeros(1, np.int64))[0] + 0.5) * RESOLUTION)
 
 
-def _bits(seed: int, position: int, tokens: NDArray[np.int64], stream: Stream) -> NDArray[np.uint64]:
+def key_of(seed: int, position: int, stream: Stream) -> int:
+    """Return 64 bits that are another number for each position of each sequence, and for each purpose."""
+    return _mix((_mix(seed & MASK) + position * len(Stream) + stream) & MASK)
+
+
+def keys_of(seed: int, positions: NDArray[np.int64], stream: Stream) -> NDArray[np.uint64]:
+    """Return key_of() of each position."""
+    counters = positions.astype(np.uint64) * np.uint64(len(Stream)) + np.uint64(stream)
+    return _mixed(counters + np.uint64((_mix(seed & MASK) + GOLDEN) & MASK))
+
+
+def _bits(key: int, tokens: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return 32 random bits for each token: splitmix64 (Steele et al. 2014) on a counter."""
-    base = _mix((_mix(seed & MASK) + position * len(Stream) + stream) & MASK)
-    bits = tokens.astype(np.uint64)
-    bits *= np.uint64(GOLDEN)
-    bits += np.uint64(base)
+    return _mixed(tokens.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key)) >> np.uint64(32)
+
+
+def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
     bits ^= bits >> np.uint64(30)
     bits *= np.uint64(0xBF58476D1CE4E5B9)
     bits ^= bits >> np.uint64(27)
     bits *= np.uint64(0x94D049BB133111EB)
     bits ^= bits >> np.uint64(31)
-    return bits >> np.uint64(32)
+    return bits
 
 
 def _mix(value: int) -> int:

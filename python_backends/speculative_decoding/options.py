@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from speculative_decoding import session_request, validation
@@ -102,7 +102,7 @@ class GenerationOptions:
         """Return when the client of a request that arrived then stops waiting."""
         return arrived + self.timeout / 1e6 if self.timeout else math.inf
 
-    @property
+    @cached_property
     def is_bare(self) -> bool:
         """Whether the answer is just the likeliest token, each time."""
         return not (self.temperature or self.min_tokens or self.logit_bias or self.has_penalties)

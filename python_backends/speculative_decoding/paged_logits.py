@@ -1,11 +1,15 @@
 """Logits that stay on the device: what leaves it are choices, and the rows that somebody looks into."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from speculative_decoding.device import Array, Device
+from speculative_decoding.device import Device
+from speculative_decoding.paged_call import PagedCall
+from speculative_decoding.sampling import WISH
 
 
 class PagedLogits:
@@ -14,34 +18,49 @@ class PagedLogits:
     Where `places` is -1 there are none: only the last token of a long chunk has logits.
     """
 
-    def __init__(self, device: Device, logits: Array, best: NDArray[np.int32], places: NDArray[np.int64]) -> None:
-        """`logits` [n, vocabulary] on the device, `best` their likeliest columns, `places` which of the n is where."""
+    def __init__(
+        self, device: Device, call: PagedCall, places: NDArray[np.int64], waited: Callable[[float], None]
+    ) -> None:
+        """`places`: which of the call's logits is where. `waited` is told the seconds spent waiting for the device."""
         self._device = device
-        self._logits = logits
-        self._best = best
+        self._call = call
         self._places = places
+        self._waited = waited
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape, vocabulary included."""
-        return (*self._places.shape, int(self._logits.shape[1]))
+        return (*self._places.shape, int(self._call.logits.shape[1]))
 
     def argmax(self, axis: int = -1) -> NDArray[np.int64]:
         """Return the likeliest tokens, computed on the device."""
         assert axis == -1
-        return self._best[self._places].astype(np.int64)
+        return self._chosen(None)
+
+    def choose(self, wishes: NDArray[np.void]) -> NDArray[np.int64]:
+        """Return the tokens that `wishes`, WISH of the shape without the vocabulary, choose, on the device."""
+        every = np.zeros(len(self._call.logits), WISH)
+        there = self._places >= 0
+        every[self._places[there]] = wishes[there]
+        return self._chosen(every)
+
+    def _chosen(self, wishes: NDArray[np.void] | None) -> NDArray[np.int64]:
+        started = time.perf_counter()
+        chosen = self._call.choose(wishes)
+        self._waited(time.perf_counter() - started)
+        return chosen[self._places].astype(np.int64)
 
     def __getitem__(self, key: Any) -> Any:
         """Return the logits float32 [vocabulary] of one token, or a view of several tokens'."""
         places = self._places[key]
         if np.ndim(places):
-            return PagedLogits(self._device, self._logits, self._best, places)
+            return PagedLogits(self._device, self._call, places, self._waited)
         assert places >= 0, "only the last token of a long chunk has logits"
-        return self._device.download(self._logits[int(places)]).astype(np.float32)
+        return self._device.download(self._call.logits[int(places)]).astype(np.float32)
 
     def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
         """Return all of them from the device."""
-        values = self._device.download(self._logits).astype(np.float32)[self._places]
+        values = self._device.download(self._call.logits).astype(np.float32)[self._places]
         return values if dtype is None else values.astype(dtype)
 
     def copy(self) -> NDArray[np.float32]:

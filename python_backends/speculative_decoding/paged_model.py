@@ -11,12 +11,16 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto
 
-from speculative_decoding.device import Array, OutOfDeviceMemoryError, device_of
+from speculative_decoding.cuda_device import device_of
+from speculative_decoding.device import OutOfDeviceMemoryError
 from speculative_decoding.execution_provider import CPU, Provider
 from speculative_decoding.language_model import Counts, DecoderShape, Tokens, session_options
+from speculative_decoding.options import MAX_SPECULATION_LENGTH
 from speculative_decoding.paged_blocks import SCRATCH, BlockAllocator
+from speculative_decoding.paged_call import KEPT_WIDTH, PagedCall, Results
 from speculative_decoding.paged_logits import PagedLogits
 from speculative_decoding.paged_prefixes import PagedPrefixes
+from speculative_decoding.sampling import WISH
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
@@ -27,8 +31,8 @@ BLOCK_TOKENS = 256
 # A single token is attended to by another kernel, whose sums are split by how many rows there are. From two on a
 # token's logits have the same bits in any batch, width and chunk, so that no row ever has fewer.
 LEAST_WIDTH = 2
-WIDTHS = (2, 5, 9, 17)  # of captured calls: a wider row costs next to nothing, another captured shape costs memory
-KEPT_WIDTH = WIDTHS[-1]  # of a wider row only the last token has logits
+WIDTHS = (2, 5, 9, KEPT_WIDTH)  # of captured calls: a wider row costs next to nothing, one more shape costs memory
+CHUNKS = (32, 64, 128, 256, 512)  # of prompts, one row: ONNX Runtime takes 20 ms and more for a shape it has not seen
 ELEMENTS: dict[int, DTypeLike] = {TensorProto.FLOAT16: np.float16, TensorProto.FLOAT: np.float32}
 
 
@@ -57,6 +61,7 @@ class PagedModel:
         """
         self.shape = DecoderShape.load(folder)
         self.lengths: Counts = np.zeros(slots, np.int32)
+        self.most_tokens = 1 << 30  # of one call, so that no logits depend on what else is in it: paged_independence
         self.ran_s = 0.0  # within ONNX Runtime and waiting for it, so far
         self._path = folder / self.shape.filename
         self._device = device_of(provider)
@@ -78,15 +83,20 @@ class PagedModel:
         try:
             size = (blocks, block_tokens, self.shape.kv_heads, self.shape.head_size)
             self._memory = self._device.zeros((self.shape.key_values.planes, *size), self._element)
-            most = slots * KEPT_WIDTH
-            self._logits = self._device.zeros((most, self.shape.vocabulary), self._element)
-            self._best = self._device.zeros((most,), np.int32)
+            most, longest = slots * KEPT_WIDTH, MAX_SPECULATION_LENGTH
+            wishes = max(most, longest * slots * LEAST_WIDTH) * WISH.itemsize
+            self._results = Results(
+                self._device.zeros((most, self.shape.vocabulary), self._element),
+                self._device.zeros((most,), np.int32),
+                self._device.zeros((wishes,), np.uint8),
+                self._device.zeros((longest, slots), np.int32),
+            )
         except OutOfDeviceMemoryError as error:
             raise OutOfDeviceMemoryError(
                 f"{self._path}: {slots} slots of {self.shape.context_length} tokens and {cached_bytes} bytes of "
                 f"prefixes do not fit beside the weights: {error}; lower max_sequences or kv_cache_bytes"
             ) from error
-        self._calls: dict[tuple[int, int], _BoundCall] = {}
+        self._calls: dict[tuple[int, int], PagedCall] = {}
 
     @property
     def slots(self) -> int:
@@ -126,20 +136,36 @@ class PagedModel:
         token only. Raises MemoryError when there is no block left, and has changed nothing then.
         """
         rows, width = tokens.shape
-        lengths = self.lengths[first : first + rows]
-        padded_rows, padded_width = self._padded(rows, width, int(lengths.max(initial=0)))
-        for slot in range(first, first + rows):
-            self._reserve(slot, int(self.lengths[slot]) + padded_width)
-        call = self._bind(padded_rows, padded_width)
-        table = np.full((padded_rows, self._columns), SCRATCH, np.int32)
-        for row in range(rows):
-            blocks = self._tables[first + row]
-            table[row, : len(blocks)] = blocks
+        call = self._start(first, tokens, counts, width)
+        self.lengths[first : first + rows] += counts
+        return PagedLogits(self._device, call, call.places(counts, width), self._waited)
+
+    def follow(self, tokens: Tokens, counts: Counts, steps: int, wishes: NDArray[np.void] | None) -> Tokens:
+        """Feed row r its first counts[r] of `tokens` [rows, 1 or 2], and return what follows, int64 [rows, steps].
+
+        wishes: WISH [steps, rows], how each step's token is chosen; None for the likeliest. What is chosen is fed by
+        the device to itself. A slot then holds all but the last of what follows; one that was fed nothing stays as
+        it is. Every slot needs room for `width` + `steps` more tokens.
+        """
+        rows, width = tokens.shape
+        call = self._start(0, tokens, counts, width + steps)
+        if wishes is not None:
+            every = np.zeros((steps, call.rows), WISH)
+            every[:, :rows] = wishes
+            wishes = every
         started = time.perf_counter()
-        best = call.run(tokens, lengths, table)
-        self.ran_s += time.perf_counter() - started
-        lengths += counts
-        return PagedLogits(self._device, call.logits, best, call.places[:rows, :width])
+        followed = call.follow(steps, wishes)
+        self._waited(time.perf_counter() - started)
+        self.lengths[:rows] += np.where(counts > 0, counts + steps - 1, 0).astype(np.int32)
+        return followed[:, :rows].T.astype(np.int64)
+
+    def widest(self, rows: int) -> int:
+        """Return how many tokens each of so many rows may have in one call."""
+        if self.most_tokens >= self.slots * CHUNKS[-1]:
+            return self.context_length
+        known = (*WIDTHS, *CHUNKS) if rows == 1 else WIDTHS
+        padded = min(1 << (rows - 1).bit_length(), self.slots)
+        return max((width for width in known if padded * width <= self.most_tokens), default=LEAST_WIDTH)
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot; a shorter slot stays as it is."""
@@ -168,7 +194,12 @@ class PagedModel:
     def rehearsal(self, rows: int, width: int) -> Callable[[], None]:
         """Return the bare call that serves so many rows and tokens, without what surrounds it, to be timed."""
         call = self._bind(*self._padded(rows, width, 0))
-        return call.run_bare
+
+        def run() -> None:
+            call.run()
+            self._device.synchronize()
+
+        return run
 
     def check_integrity(self) -> None:
         """Check that every reference to a block is a slot's or a kept prefix's."""
@@ -179,29 +210,59 @@ class PagedModel:
 
     def _padded(self, rows: int, width: int, longest: int) -> tuple[int, int]:
         """Return the rows and width of the call that serves so many: one that is captured, if it has room."""
-        wide = next((wide for wide in WIDTHS if wide >= width), max(width, LEAST_WIDTH))
+        known = (*WIDTHS, *CHUNKS) if rows == 1 else WIDTHS
+        wide = next((wide for wide in known if wide >= width), width)
         if longest + wide > self.shape.context_length:
             wide = max(width, LEAST_WIDTH)
         return min(1 << (rows - 1).bit_length(), self.slots) if wide <= KEPT_WIDTH else rows, wide
 
-    def _reserve(self, slot: int, length: int) -> None:
-        """Have blocks for `length` tokens in a slot, those that will be written its own."""
+    def _start(self, first: int, tokens: Tokens, counts: Counts, room: int) -> PagedCall:
+        """Queue a call on the slots first, first + 1, ..., each with room for so many more tokens, and return it."""
+        rows, width = tokens.shape
+        lengths = self.lengths[first : first + rows]
+        padded_rows, padded_width = self._padded(rows, width, int(lengths.max(initial=0)))
+        room = max(room, padded_width)
+        for slot, length in enumerate(lengths.tolist(), first):
+            self._reserve(slot, length, length + room)
+        call = self._bind(padded_rows, padded_width)
+        started = time.perf_counter()
+        call.start(tokens, lengths, counts, self._tables[first : first + rows])
+        self._waited(time.perf_counter() - started)
+        return call
+
+    def _waited(self, seconds: float) -> None:
+        self.ran_s += seconds
+
+    def _reserve(self, slot: int, begin: int, end: int) -> None:
+        """Have blocks for `end` tokens in a slot, those that will be written, from `begin` on, its own."""
         table = self._tables[slot]
-        for at in range(int(self.lengths[slot]) // self._size, len(table)):
+        for at in range(begin // self._size, len(table)):
             if self._allocator.is_shared(table[at]):
                 own = self._allocator.take()
                 self._device.copy(self._memory, table[at], own)
                 self._allocator.release([table[at]])
                 table[at] = own
-        while len(table) * self._size < length:
+        while len(table) * self._size < end:
             table.append(self._allocator.take())
 
-    def _bind(self, rows: int, width: int) -> "_BoundCall":
+    def _bind(self, rows: int, width: int) -> PagedCall:
         if call := self._calls.get((rows, width)):
             return call
-        is_kept = width <= KEPT_WIDTH
-        graph = len(self._calls) + 1 if is_kept else None
-        call = _BoundCall(self, rows, width, graph)
+        is_kept = width in WIDTHS or (rows == 1 and width in CHUNKS)
+        caches = {
+            f"{layer}.{kind}": self._memory[2 * layer + place]
+            for layer in range(self.shape.layers)
+            for place, kind in enumerate(("key", "value"))
+        }
+        call = PagedCall(
+            self._device,
+            self._session,
+            caches,
+            self._results,
+            (rows, width, self._columns),
+            self._size,
+            len(self._calls) + 1 if is_kept else None,
+        )
         if is_kept:
             self._calls[rows, width] = call
         return call
@@ -209,65 +270,6 @@ class PagedModel:
     def _open(self, threads: int, spinning: bool) -> Any:
         options = session_options(self._path.parent, threads, spinning)
         return onnxruntime.InferenceSession(str(self._path), options, providers=[self._device.provider])
-
-
-class _BoundCall:
-    """One number of rows and width, with inputs and outputs at fixed addresses."""
-
-    def __init__(self, model: PagedModel, rows: int, width: int, graph: int | None) -> None:
-        self._model, device = model, model._device
-        self._device = device
-        self._options = device.run_options(graph)
-        wanted = np.arange(rows * width) if width <= KEPT_WIDTH else np.arange(width - 1, rows * width, width)
-        self.places = np.full(rows * width, -1, np.int64)
-        self.places[wanted] = np.arange(len(wanted))
-        self.places = self.places.reshape(rows, width)
-        self.logits, self._best = model._logits[: len(wanted)], model._best[: len(wanted)]
-        self._inputs = {
-            "input_ids": device.zeros((rows * width,), np.int64),
-            "block_table": device.zeros((rows, model._columns), np.int32),
-            "past_sequence_lengths": device.zeros((rows,), np.int32),
-            "cumulative_sequence_lengths": device.zeros((rows + 1,), np.int32),
-            "logits_indices": device.zeros((len(wanted),), np.int32),
-        }
-        device.upload(self._inputs["cumulative_sequence_lengths"], np.arange(0, rows * width + 1, width, np.int32))
-        device.upload(self._inputs["logits_indices"], wanted.astype(np.int32))
-        self._bounds = np.array([width, model._columns * model._size, 0], np.int32)
-        self._binding = model._session.io_binding()
-        for name, array in self._inputs.items():
-            self._bind("input", name, array)
-        bounds = self._bounds
-        self._binding.bind_input("attention_metadata", "cpu", 0, np.int32, bounds.shape, bounds.ctypes.data)
-        self._bind("output", "logits", self.logits)
-        for layer in range(model.shape.layers):
-            for place, kind in enumerate(("key", "value")):
-                cache = model._memory[2 * layer + place]
-                self._bind("input", f"past_key_values.{layer}.{kind}", cache)
-                self._bind("output", f"present.{layer}.{kind}", cache)
-
-    def run(self, tokens: Tokens, lengths: Counts, table: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Run on so many rows of tokens, the rest being padding, and return the likeliest next tokens."""
-        rows, width = tokens.shape
-        padded = np.zeros(self.places.shape, np.int64)
-        padded[:rows, :width] = tokens
-        past = np.zeros(len(padded), np.int32)
-        past[:rows] = lengths
-        self._device.upload(self._inputs["input_ids"], padded.reshape(-1))
-        self._device.upload(self._inputs["past_sequence_lengths"], past)
-        self._device.upload(self._inputs["block_table"], table)
-        self._model._session.run_with_iobinding(self._binding, self._options)
-        self._device.argmax(self.logits, self._best)
-        return self._device.download(self._best).astype(np.int32)
-
-    def run_bare(self) -> None:
-        """Run on what the inputs hold, and wait."""
-        self._model._session.run_with_iobinding(self._binding, self._options)
-        self._device.synchronize()
-
-    def _bind(self, kind: str, name: str, array: Array) -> None:
-        bind = self._binding.bind_input if kind == "input" else self._binding.bind_output
-        place = self._device.name, self._device.number
-        bind(name, *place, array.dtype.type, array.shape, self._device.address(array))
 
 
 def _element(graph: onnx.GraphProto) -> DTypeLike:

@@ -39,16 +39,18 @@ class Prefill:
     def feed(self, slot: int, sequence: Sequence, most: int) -> tuple[int, Logits | None]:
         """Feed at most so many tokens of a prompt, and return how many.
 
-        With them, once the prompt is done, the logits [1, vocabulary] after its last token.
+        With them, once the prompt is done, the logits [1, 1, vocabulary] after its last token.
         """
         if not sequence.admitted:
             sequence.admitted = time.monotonic()
             self._prefixes.admit(slot, sequence)
         done = int(self._target.lengths[slot])
+        most = min(most, self._target.widest(1))
         chunk = np.array([sequence.prompt[done : done + most]], np.int64)
         width = chunk.shape[1]
         started = time.perf_counter()
         logits = self._target.forward(slot, chunk, np.array([width], np.int32))
         if self._costs:
+            logits[:, -1:].argmax(-1)  # waits for the device
             self._costs.prefill.observe(width, time.perf_counter() - started)
-        return width, logits[0, -1:] if done + width == len(sequence.prompt) else None
+        return width, logits[:, -1:] if done + width == len(sequence.prompt) else None

@@ -47,6 +47,11 @@ class PromptLookup:
         period = len(known)
         return [known[place % period] for place in range(count)]
 
+    def agreement(self, match: Match, tokens: list[int]) -> int:
+        """Return how many of the next `tokens`, which are not in the sequence yet, a match would have proposed."""
+        proposed = self.propose(match, len(tokens))
+        return next((place for place, token in enumerate(tokens) if proposed[place] != token), len(tokens))
+
     def _length(self, place: int) -> int:
         tokens, end = self._tokens, len(self._tokens)
         length = SHORTEST_MATCH

@@ -1,5 +1,6 @@
 """Which token comes next, given logits: one function for draft and target, whoever asks and whatever is beside it."""
 
+import math
 import secrets
 from collections.abc import Sequence as Ahead
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel
+from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel, key_of, keys_of
 from speculative_decoding.options import MAX_SEED, GenerationOptions
 from speculative_decoding.token_counts import TokenCounts
 
@@ -24,6 +25,27 @@ class Distribution(NamedTuple):
     def of(self, token: int) -> float:
         """Return the probability of a token."""
         return float(self.probabilities[self.tokens == token].sum())
+
+
+class Filters(NamedTuple):
+    """Which tokens may be sampled: temperature, 0 for the likeliest; top-k, 0 for all; top-p; the log of min-p."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    least: float
+
+    @classmethod
+    def of(cls, options: GenerationOptions) -> "Filters":
+        """Return what a request asks for."""
+        least = math.log(options.min_p) if options.min_p else -math.inf
+        return cls(options.temperature, options.top_k, options.top_p, least)
+
+
+# How one token is to be chosen by filters and noise alone, for a GPU: Filters, and the key of the noise.
+WISH = np.dtype(
+    [("key", np.uint64), ("temperature", np.float32), ("top_p", np.float32), ("least", np.float32), ("top_k", np.int32)]
+)
 
 
 class Sampler:
@@ -43,6 +65,7 @@ class Sampler:
         self._bias_tokens = np.array([token for token, _ in options.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in options.logit_bias], np.float32)
         self._ends = np.array(sorted(ends), np.int64)
+        self._filters = Filters.of(options)
         self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
 
     def commit(self, tokens: list[int]) -> None:
@@ -54,21 +77,31 @@ class Sampler:
 
     def choose(self, logits: Row, ahead: Ahead[int] = (), stream: Stream = Stream.CHOICE) -> int:
         """Return the next token: a sample of the filtered distribution, or with temperature 0 the likeliest."""
-        logits = self._adjusted(logits, ahead)
-        if not self._options.temperature:
-            return int(logits.argmax())
-        tokens, scaled = _filtered(logits, self._options)
-        position = self._length + len(ahead)
-        return sample(tokens, scaled, self.seed, position, stream)
+        return choose(self._adjusted(logits, ahead), self._filters, key_of(self.seed, self.position(ahead), stream))
 
     def distribution(self, logits: Row, ahead: Ahead[int] = ()) -> Distribution:
         """Return what choose() samples from."""
         logits = self._adjusted(logits, ahead)
-        if not self._options.temperature:
+        if not self._filters.temperature:
             return Distribution(logits.argmax(keepdims=True), np.ones(1))
-        tokens, scaled = _filtered(logits, self._options)
+        tokens, scaled = _filtered(logits, self._filters)
         weights = np.exp(scaled)
         return Distribution(tokens, weights / weights.sum())
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the next choices depend on more than logits, filters and noise: bias, penalties, an end too early."""
+        too_early = self._length - self._prompt_length < self._options.min_tokens
+        return bool(too_early or self._counts or len(self._biases))
+
+    def wishes(self, count: int) -> NDArray[np.void]:
+        """Return how the next `count` tokens are chosen, WISH [count], but for what looks_back() says."""
+        wishes = np.zeros(count, WISH)
+        if self._filters.temperature:
+            for name, value in zip(Filters._fields, self._filters, strict=True):
+                wishes[name] = value
+            wishes["key"] = keys_of(self.seed, np.arange(self._length, self._length + count), Stream.CHOICE)
+        return wishes
 
     def position(self, ahead: Ahead[int]) -> int:
         """Return the place in the sequence of the token after `ahead`, which keys its noise."""
@@ -100,26 +133,33 @@ class Sampler:
         logits[tokens] = penalized
 
 
-def sample(tokens: NDArray[np.int64], scaled: NDArray[np.float64], seed: int, position: int, stream: Stream) -> int:
+def choose(logits: Row, filters: Filters, key: int) -> int:
+    """Return a sample of the filtered distribution that the noise of `key` picks; at temperature 0 the likeliest."""
+    if not filters.temperature:
+        return int(logits.argmax())
+    return sample(*_filtered(logits, filters), key)
+
+
+def sample(tokens: NDArray[np.int64], scaled: NDArray[np.float64], key: int) -> int:
     """Return the one of `tokens`, with log-probabilities `scaled` but for a constant, that the noise picks."""
     if len(tokens) == 1:
         return int(tokens[0])
     if len(tokens) > FEW:
         best = scaled.argmax()
-        least = scaled[best] + float(gumbel(seed, position, tokens[best : best + 1], stream)[0]) - MAX_GUMBEL
+        least = scaled[best] + float(gumbel(key, tokens[best : best + 1])[0]) - MAX_GUMBEL
         possible = np.flatnonzero(scaled >= least)  # no noise lifts the others above the likeliest
         tokens, scaled = tokens[possible], scaled[possible]
-    return int(tokens[(scaled + gumbel(seed, position, tokens, stream)).argmax()])
+    return int(tokens[(scaled + gumbel(key, tokens)).argmax()])
 
 
-def _filtered(logits: Row, options: GenerationOptions) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _filtered(logits: Row, filters: Filters) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the tokens that temperature, min-p, top-k and top-p leave, by id, and log p but for a constant."""
-    scaled = (logits - logits.max()) / np.float32(options.temperature)
-    kept = _likeliest(scaled, options.top_k) if 0 < options.top_k < len(scaled) else None
-    if options.min_p:
-        kept = _narrowed(kept, np.flatnonzero((scaled if kept is None else scaled[kept]) >= np.log(options.min_p)))
-    if options.top_p < 1:
-        kept = _narrowed(kept, _nucleus(scaled if kept is None else scaled[kept], options.top_p))
+    scaled = (logits - logits.max()) / np.float32(filters.temperature)
+    kept = _likeliest(scaled, filters.top_k) if 0 < filters.top_k < len(scaled) else None
+    if filters.least > -math.inf:
+        kept = _narrowed(kept, np.flatnonzero((scaled if kept is None else scaled[kept]) >= filters.least))
+    if filters.top_p < 1:
+        kept = _narrowed(kept, _nucleus(scaled if kept is None else scaled[kept], filters.top_p))
     if kept is None:
         return np.arange(len(scaled)), scaled.astype(np.float64)
     return kept, scaled[kept].astype(np.float64)

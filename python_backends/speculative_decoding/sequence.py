@@ -12,7 +12,6 @@ from speculative_decoding.prompt_lookup import PromptLookup
 from speculative_decoding.sampling import Sampler
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
-Source = Literal["model", "prompt_lookup"]  # of drafted tokens
 # Called on the engine's thread with new tokens, and with the reason when there will be no more.
 Listener = Callable[["Sequence", list[int], FinishReason | None], None]
 
@@ -22,7 +21,8 @@ class Sequence:
     """A prompt, what has been decoded of one answer to it, and what that took.
 
     model_ends: the model's end tokens. index: which of a request's answers it is. reused: tokens of the prompt whose
-    keys and values were in the cache. logprobs: of each token of the answer, when asked for.
+    keys and values were in the cache. rates: how often drafts stood, by speculation.Source. logprobs: of each token of
+    the answer, when asked for.
     """
 
     prompt: list[int]
@@ -35,7 +35,7 @@ class Sequence:
     ends: frozenset[int] = field(init=False)
     sampler: Sampler = field(init=False)
     lookup: PromptLookup = field(init=False)
-    rates: dict[Source, AcceptanceRate] = field(default_factory=dict)
+    rates: dict[int, AcceptanceRate] = field(default_factory=dict)
     logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
     submitted: bool = False
     cancelled: bool = False

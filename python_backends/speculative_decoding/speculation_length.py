@@ -14,6 +14,11 @@ Seconds = NDArray[np.float64]
 Lengths = NDArray[np.int32]
 
 
+def step_of(rate: float) -> int:
+    """Return which of the STEPS an acceptance rate is nearest to."""
+    return int(rate * STEPS + 0.5)
+
+
 class Plan(NamedTuple):
     """Tokens to draft for each row, int32 [rows], and the seconds that the round should take."""
 
@@ -35,6 +40,17 @@ EXPECTED = np.array(
 ALL_LENGTHS = np.arange(MAX_SPECULATION_LENGTH + 1)
 
 
+def goodputs_alone(draft: Seconds, verify: Seconds, most: int) -> tuple[list[float], list[float]]:
+    """Return tokens a second at the best length by STEPS of the acceptance rate: of copied drafts, and of the model's.
+
+    Seconds as for plan_lengths(), of whose rows each is taken to draft for itself.
+    """
+    tokens = EXPECTED[:, : most + 1]
+    copied = (tokens / verify[: most + 1]).max(1)
+    drafted = (tokens / (draft + verify)[: most + 1]).max(1)
+    return copied.tolist(), drafted.tolist()
+
+
 def plan_lengths(
     rates: list[float],
     most: list[int],
@@ -52,7 +68,7 @@ def plan_lengths(
     so the search is over the model's longest d and the longest of all w. `idle` more rows are in the call that are not
     drafted for. With `probe` something is drafted even if it does not pay.
     """
-    steps = np.array([int(rate * STEPS + 0.5) for rate in rates])
+    steps = np.array([step_of(rate) for rate in rates])
     limits = np.array(most)
     models = np.array(by_model)
     places = np.minimum(ALL_LENGTHS, limits[:, None])

@@ -64,7 +64,7 @@ def _timed(model: Decoder, rows: int, width: int) -> float:
 
     def call() -> None:
         model.lengths[:rows] = past
-        model.forward(0, tokens, counts)
+        model.forward(0, tokens, counts).argmax(-1)
 
     seconds = _least_seconds(call)
     model.lengths[:] = 0

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from speculative_decoding.logprobs import token_logprobs
-from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel, uniform
+from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel, key_of, keys_of, uniform
 from speculative_decoding.options import GenerationOptions
-from speculative_decoding.sampling import Sampler
+from speculative_decoding.sampling import Filters, Sampler, choose
 
 VOCABULARY = 24
 ENDS = frozenset({3, 5})
@@ -132,15 +132,43 @@ def test_choices_over_many_positions_are_distributed_as_the_filters_say(options:
 
 def test_the_noise_is_gumbels_and_differs_by_seed_position_token_and_purpose() -> None:
     tokens = np.arange(20_000)
-    noise = gumbel(7, 3, tokens)
+    choice = Stream.CHOICE
+    noise = gumbel(key_of(7, 3, choice), tokens)
     assert noise.mean() == pytest.approx(0.5772, abs=0.03) and noise.std() == pytest.approx(np.pi / 6**0.5, abs=0.03)
     assert noise.max() <= MAX_GUMBEL and len(np.unique(noise)) > 19_990
-    others = [gumbel(8, 3, tokens), gumbel(7, 4, tokens), gumbel(7, 3, tokens, Stream.DRAFT), gumbel(7, 3, tokens + 1)]
-    for other in others:
+    others = [gumbel(key_of(*of), tokens) for of in ((8, 3, choice), (7, 4, choice), (7, 3, Stream.DRAFT))]
+    for other in [*others, gumbel(key_of(7, 3, choice), tokens + 1)]:
         assert abs(np.corrcoef(noise, other)[0, 1]) < 0.03
-    assert np.array_equal(gumbel(7, 3, tokens[5:9]), noise[5:9])
-    numbers = [uniform(7, position, Stream.ACCEPT) for position in range(5000)]
+    assert np.array_equal(gumbel(key_of(7, 3, choice), tokens[5:9]), noise[5:9])
+    numbers = [uniform(key_of(7, position, Stream.ACCEPT)) for position in range(5000)]
     assert np.mean(numbers) == pytest.approx(0.5, abs=0.02) and 0 < min(numbers) < max(numbers) < 1
+
+
+def test_the_keys_of_many_positions_are_those_of_each() -> None:
+    for seed in (0, 7, 2**63 - 1):
+        expected = [key_of(seed, position, Stream.DRAFT) for position in range(90, 120)]
+        assert keys_of(seed, np.arange(90, 120), Stream.DRAFT).tolist() == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 5}, {"temperature": 1.2, "min_p": 0.1}])
+def test_wishes_are_choices_that_do_not_depend_on_the_tokens_before(options: dict[str, float]) -> None:
+    made = Sampler(GenerationOptions(seed=5, **options), [1, 2], ENDS)
+    wishes = made.wishes(3)
+    assert not made.looks_back
+    logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
+    for place in range(3):
+        key, temperature, top_p, least, top_k = wishes[place].item()
+        assert choose(logits[place], Filters(temperature, top_k, top_p, least), key) == made.choose(
+            logits[place], [7] * place
+        )
+
+
+def test_bias_penalties_and_a_least_length_look_back_and_filters_do_not() -> None:
+    for options in ({"repetition_penalty": 1.1}, {"logit_bias": ((3, 1.0),)}, {"min_tokens": 2}):
+        assert Sampler(GenerationOptions(**options), [1], ENDS).looks_back
+    begun = Sampler(GenerationOptions(min_tokens=2), [1], ENDS)
+    begun.commit([4, 4])
+    assert not begun.looks_back
 
 
 def test_without_a_seed_one_is_drawn() -> None:

@@ -11,9 +11,11 @@ from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import CPU
 from speculative_decoding.options import GenerationOptions
-from speculative_decoding.paged_model import KEPT_WIDTH, PagedModel
+from speculative_decoding.paged_call import KEPT_WIDTH
+from speculative_decoding.paged_independence import limit_tokens
+from speculative_decoding.paged_logits import PagedLogits
+from speculative_decoding.paged_model import WIDTHS, PagedModel
 from speculative_decoding.reuse_settings import ReuseSettings
-from speculative_decoding.row_independence import rows_are_independent
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.warm_up import measure_costs
 from transformers import PreTrainedModel
@@ -153,7 +155,8 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
 ) -> None:
     """Prompts that share prefixes, more of them than slots, and a draft that is always right."""
     alone, target, draft = load(paged[1], 1, 0), load(paged[1]), load(paged[1])
-    assert rows_are_independent(target)
+    assert limit_tokens(target)
+    assert target.most_tokens >= SLOTS * WIDTHS[1] and not target.lengths.any()
     bench = Bench(paged)
     shared = bench.tokens(37)
     prompts = [shared[:length] + bench.tokens(3) for length in (0, 5, 16, 20, 37, 37, 32)] * 2
@@ -172,6 +175,44 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     assert [answer.tokens for answer in answers] == expected
     for model in (target, draft):
         model.check_integrity()
+
+
+class Dependent(PagedModel):
+    """A model whose last row comes out differently when more than so many tokens are fed at once."""
+
+    good = 0
+
+    def forward(self, first: int, tokens: np.ndarray, counts: np.ndarray) -> PagedLogits:
+        logits = super().forward(first, tokens, counts)
+        if tokens.size > self.good:
+            last = logits._call.logits
+            last[len(last) - 1] += 1
+        return logits
+
+
+@pytest.mark.parametrize("good", [SLOTS * 5, 3])
+def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTrainedModel, Path], good: int) -> None:
+    target, draft = Dependent(paged[1], SLOTS, 1, False, block_tokens=BLOCK), load(paged[1])
+    target.good = good
+    assert limit_tokens(target) == (good >= SLOTS * WIDTHS[0])
+    assert target.most_tokens <= good
+    if target.most_tokens < SLOTS * WIDTHS[0]:
+        return
+    assert target.widest(SLOTS) == 5
+    prompts = [Bench(paged).tokens(count) for count in (50, 3, 20, 9)]
+    options = GenerationOptions(max_tokens=20, ignore_eos=True)
+    fed: list[int] = []
+    forward = target.forward
+    target.forward = lambda first, tokens, counts: fed.append(tokens.size) or forward(first, tokens, counts)
+    engine = Engine(target, ModelDrafter(draft), 8, 100)
+    answers = [Answer() for _ in prompts]
+    engine.submit(
+        *(Sequence(prompt, options, one.listen, frozenset()) for prompt, one in zip(prompts, answers, strict=True))
+    )
+    for answer in answers:
+        assert answer.wait() == "length"
+    engine.stop()
+    assert max(fed) <= good
 
 
 def test_a_folder_for_gpus_is_refused_on_the_cpu_and_the_reverse(

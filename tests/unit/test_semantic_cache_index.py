@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from semantic_cache.index import CHUNK, KEPT, Indexes, kept, kept_last_id
+from semantic_cache.index import CHUNK, KEPT, Indexes
+from semantic_cache.partition_index import kept, kept_last_id
 from semantic_cache.records import Entry, Key, Vectors
 from semantic_cache.store import Loading
 from semantic_cache.stores.sqlite import SqliteStore as Store

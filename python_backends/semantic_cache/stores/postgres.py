@@ -12,6 +12,7 @@ import numpy as np
 import psycopg
 
 from semantic_cache.index import Indexes
+from semantic_cache.partition_index import GraphIndex, MakeIndex
 from semantic_cache.records import (
     MEMORY,
     Candidate,
@@ -113,7 +114,7 @@ class PostgresStore:
     what is invalidated anywhere is served nowhere. Each thread has a connection of its own.
     """
 
-    def __init__(self, url: str, folder: Path | None = None) -> None:
+    def __init__(self, url: str, folder: Path | None = None, make_index: MakeIndex = GraphIndex) -> None:
         """`url`: libpq's connection URL or string; what it leaves out comes from PGPASSWORD, ~/.pgpass and so on.
 
         folder: where this machine keeps the indexes of large partitions over a restart.
@@ -124,7 +125,7 @@ class PostgresStore:
         self._prepare()
         # A database's own folder: another one gives the same ids to other entries.
         own = folder and folder / hashlib.sha256(self.secret()).hexdigest()[:16]
-        self._indexes = Indexes(self.after, own)
+        self._indexes = Indexes(self.after, own, make_index)
         self._indexes.discard_beyond(self._last_id())
 
     @translating(psycopg.Error)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from semantic_cache.index import KEPT, Indexes
+from semantic_cache.partition_index import GraphIndex, MakeIndex
 from semantic_cache.records import (
     MEMORY,
     Candidate,
@@ -96,11 +97,11 @@ class SqliteStore:
     finds what is new. Each thread has a connection of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, make_index: MakeIndex = GraphIndex) -> None:
         self._path = path
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
-        self._indexes = Indexes(self.after, path.with_name(path.name + ".indexes"))
+        self._indexes = Indexes(self.after, path.with_name(path.name + ".indexes"), make_index)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):
             self._prepare()

@@ -1,0 +1,107 @@
+"""An NVIDIA GPU's memory and kernels, through CuPy."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import DTypeLike, NDArray
+
+from speculative_decoding.device import Array, Device, HostDevice, OutOfDeviceMemoryError
+from speculative_decoding.execution_provider import Provider
+from speculative_decoding.noise import MAX_GUMBEL
+
+SPARE_BYTES = 1 << 30  # of a GPU's memory, left to ONNX Runtime's activations and the kernels
+THREADS = 512  # of kernels.cu, on each row of logits
+ROWS = 64  # rows that one block of threads advances
+
+
+class CudaDevice(Device):
+    """A GPU: everything is queued on one stream, which ONNX Runtime shares, and waited for only in `download`."""
+
+    name = "cuda"
+
+    def __init__(self, provider: Provider) -> None:
+        self._cupy = importlib.import_module("cupy")
+        onnxruntime.preload_dlls()  # CUDA's, where Python packages brought them
+        kind, options = provider
+        self.number = int(options["device_id"])
+        self._device = self._cupy.cuda.Device(self.number)
+        with self._device:
+            self._stream = self._cupy.cuda.Stream(non_blocking=True)
+        code = (Path(__file__).parent / "kernels.cu").read_text(encoding="utf-8")
+        limits = f"-DMAX_GUMBEL={MAX_GUMBEL!r}"
+        self._functions: dict[tuple[str, Any], Any] = {}
+        self._kernels = {
+            np.dtype(dtype): self._cupy.RawModule(code=code, options=(f"-DLOGIT={name}", limits))
+            for dtype, name in ((np.float16, "__half"), (np.float32, "float"))
+        }
+        self.provider = kind, {**options, "enable_cuda_graph": "1", "user_compute_stream": str(self._stream.ptr)}
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.free_bytes()
+        if needed > free:
+            raise OutOfDeviceMemoryError(f"{needed} bytes are needed on GPU {self.number}, which has {free} free")
+        with self._device, self._stream:
+            return self._cupy.zeros(shape, dtype)
+
+    def address(self, array: Array) -> int:
+        return int(array.data.ptr)
+
+    def upload(self, array: Array, values: NDArray[Any]) -> None:
+        with self._device:
+            array.set(np.ascontiguousarray(values, array.dtype), stream=self._stream)
+
+    def download(self, array: Array) -> NDArray[Any]:
+        with self._device, self._stream:
+            values: NDArray[Any] = array.get(stream=self._stream, blocking=True)
+            return values
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def copy(self, array: Array, source: int, destination: int) -> None:
+        with self._device, self._stream:
+            array[:, destination] = array[:, source]
+
+    def argmax(self, logits: Array, chosen: Array) -> None:
+        self._launch("argmax", logits, len(logits), THREADS, (logits, chosen, np.int32(logits.shape[1])))
+
+    def choose(self, logits: Array, wishes: Array, chosen: Array) -> None:
+        self._launch("choose", logits, len(logits), THREADS, (logits, wishes, chosen, np.int32(logits.shape[1])))
+
+    def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
+        rows = len(counts)
+        sizes = np.int32(rows), np.int32(len(chosen) // rows)
+        self._launch("advance", None, -(-rows // ROWS), ROWS, (chosen, tokens, past, counts, proposals, *sizes))
+
+    def free_bytes(self) -> int:
+        with self._device:
+            free: int = self._cupy.cuda.runtime.memGetInfo()[0] + self._cupy.get_default_memory_pool().free_bytes()
+            return max(0, free - SPARE_BYTES)
+
+    def run_options(self, graph: int | None) -> Any:
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "-1" if graph is None else str(graph))
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return options
+
+    def _launch(self, name: str, logits: Array | None, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+        """Queue a kernel, made for the type that the logits have."""
+        dtype = np.dtype(np.float16) if logits is None else logits.dtype
+        kernel = self._functions.get((name, dtype))
+        if kernel is None:
+            kernel = self._functions[name, dtype] = self._kernels[dtype].get_function(name)
+        with self._device, self._stream:
+            kernel((blocks,), (threads,), arguments)
+
+
+def device_of(provider: Provider) -> Device:
+    """Return the device that an execution provider works on. Raises ValueError where CuPy is missing."""
+    if provider[0] != "CUDAExecutionProvider":
+        return HostDevice(provider)
+    try:
+        return CudaDevice(provider)
+    except ModuleNotFoundError as error:
+        raise ValueError("instance_group asks for KIND_GPU, which needs CuPy: install cupy-cuda13x") from error

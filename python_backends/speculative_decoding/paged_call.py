@@ -1,0 +1,152 @@
+"""One number of rows and tokens of a paged model's call, with inputs and outputs at fixed addresses."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from speculative_decoding.device import Array, Device
+from speculative_decoding.language_model import Counts, Tokens
+from speculative_decoding.sampling import WISH
+
+KEPT_WIDTH = 17  # of a wider row only the last token fed has logits
+
+
+class Results(NamedTuple):
+    """A model's buffers for what its calls give: logits, tokens chosen of them and how, and drafts, a row a step."""
+
+    logits: Array
+    chosen: Array
+    wishes: Array
+    proposals: Array
+
+
+class PagedCall:
+    """Feeds so many rows of so many tokens, and chooses of their logits."""
+
+    def __init__(
+        self,
+        device: Device,
+        session: Any,
+        caches: Mapping[str, Array],
+        results: Results,
+        shape: tuple[int, int, int],
+        block_tokens: int,
+        graph: int | None,
+    ) -> None:
+        """`caches`: blocks by layer and kind. `shape`: rows, tokens of each, blocks of each. `graph`: see Device."""
+        rows, width, columns = shape
+        self._device, self._session = device, session
+        self._options = device.run_options(graph)
+        self.rows, self.width = rows, width
+        self._has_all = width <= KEPT_WIDTH
+        wanted = rows * width if self._has_all else rows
+        self.logits, self._chosen = results.logits[:wanted], results.chosen[:wanted]
+        self._wishes, self._proposals = results.wishes, results.proposals[:, :rows]
+        sizes = {
+            "tokens": 8 * rows * width,
+            "past": 4 * rows,
+            "counts": 4 * rows,
+            "indices": 4 * wanted,
+            "table": 4 * rows * columns,
+        }
+        self._staged = np.zeros(sum(sizes.values()), np.uint8)  # all that changes goes up in one copy
+        self._inputs = device.zeros(self._staged.shape, np.uint8)
+        self._host, self._fed = (_parts(buffer, sizes) for buffer in (self._staged, self._inputs))
+        self._host["indices"][:] = np.arange(wanted)
+        self._bounds = device.zeros((rows + 1,), np.int32)
+        device.upload(self._bounds, np.arange(0, rows * width + 1, width, np.int32))
+        inputs = {
+            "input_ids": self._fed["tokens"],
+            "past_sequence_lengths": self._fed["past"],
+            "logits_indices": self._fed["indices"],
+            "block_table": self._fed["table"].reshape(rows, columns),
+            "cumulative_sequence_lengths": self._bounds,
+        }
+        self._limits = np.array([width, columns * block_tokens, 0], np.int32)
+        self._binding = session.io_binding()
+        for name, array in inputs.items():
+            self._bind("input", name, array)
+        limits = self._limits
+        self._binding.bind_input("attention_metadata", "cpu", 0, np.int32, limits.shape, limits.ctypes.data)
+        self._bind("output", "logits", self.logits)
+        for name, cache in caches.items():
+            self._bind("input", f"past_key_values.{name}", cache)
+            self._bind("output", f"present.{name}", cache)
+
+    def start(self, tokens: Tokens, past: Counts, counts: Counts, tables: list[list[int]]) -> None:
+        """Queue the call on so many rows of tokens, the rest being padding."""
+        rows, width = tokens.shape
+        host = self._host
+        for name in ("tokens", "past", "counts", "table"):
+            host[name][:] = 0
+        host["tokens"].reshape(self.rows, self.width)[:rows, :width] = tokens
+        host["past"][:rows] = past
+        host["counts"][:rows] = counts
+        if not self._has_all:
+            host["indices"][:rows] = self.width * np.arange(rows) + counts - 1
+        table = host["table"].reshape(self.rows, -1)
+        for row, blocks in enumerate(tables):
+            table[row, : len(blocks)] = blocks
+        self._device.upload(self._inputs, self._staged)
+        self.run()
+
+    def places(self, counts: Counts, width: int) -> NDArray[np.int64]:
+        """Return which logits are those of which of the tokens fed, [rows, width]; -1 where there are none."""
+        rows = len(counts)
+        if self._has_all:
+            return np.arange(self.rows * self.width).reshape(self.rows, self.width)[:rows, :width]
+        places = np.full((rows, width), -1)
+        places[np.arange(rows), counts - 1] = np.arange(rows)
+        return places
+
+    def run(self) -> None:
+        """Queue the call on what the inputs hold."""
+        self._session.run_with_iobinding(self._binding, self._options)
+
+    def choose(self, wishes: NDArray[np.void] | None) -> NDArray[np.int32]:
+        """Return the tokens chosen of all logits, as `wishes` WISH [logits] says; the likeliest without."""
+        if wishes is not None:
+            self._device.upload(self._wishes[: wishes.nbytes], wishes.view(np.uint8))
+        self._choose(0 if wishes is not None else None)
+        return self._device.download(self._chosen)
+
+    def follow(self, steps: int, wishes: NDArray[np.void] | None) -> NDArray[np.int32]:
+        """Return what follows the tokens that a row was started with, int32 [steps, rows], each fed in its turn.
+
+        wishes: WISH [steps, rows], None for the likeliest. Nothing is waited for but the end.
+        """
+        if wishes is not None:
+            each = np.repeat(wishes, self.width, axis=1)
+            self._device.upload(self._wishes[: each.nbytes], each.reshape(-1).view(np.uint8))
+        fed = self._fed
+        for step in range(steps):
+            if step:
+                self.run()
+            self._choose(step if wishes is not None else None)
+            self._device.advance(self._chosen, fed["tokens"], fed["past"], fed["counts"], self._proposals[step])
+        return self._device.download(self._proposals[:steps])
+
+    def _choose(self, step: int | None) -> None:
+        """Queue the choice of all logits by the wishes of a step; None for the likeliest."""
+        if step is None:
+            self._device.argmax(self.logits, self._chosen)
+            return
+        size = len(self._chosen) * WISH.itemsize
+        self._device.choose(self.logits, self._wishes[step * size : (step + 1) * size], self._chosen)
+
+    def _bind(self, kind: str, name: str, array: Array) -> None:
+        bind = self._binding.bind_input if kind == "input" else self._binding.bind_output
+        place = self._device.name, self._device.number
+        bind(name, *place, array.dtype.type, array.shape, self._device.address(array))
+
+
+def _parts(buffer: Array, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Return the named parts of a buffer of bytes, tokens as int64 and the rest as int32."""
+    parts, begin = {}, 0
+    for name, size in sizes.items():
+        part = buffer[begin : begin + size]
+        parts[name] = part.view(np.int64 if name == "tokens" else np.int32)
+        begin += size
+    return parts
