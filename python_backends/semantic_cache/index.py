@@ -9,10 +9,10 @@ from semantic_cache.partition_index import GraphIndex, MakeIndex, PartitionIndex
 from semantic_cache.records import Candidate, Vector, Vectors
 from semantic_cache.store import Loading
 
-CHUNK = 4096  # vectors read from the store at a time, and the most that a search waits for
+CHUNK = 1024  # vectors read from the store at a time, and the most that a search waits for
 EXPIRE_INTERVAL_S = 60.0
 WIDER, ROUNDS = 4, 5  # a search that meets the dead looks so much further, so often: thousands are passed in one search
-KEPT = 2000  # entries of a partition from which on reading its index beats making it
+KEPT = 1000  # entries of a partition from which on reading its index beats making it
 MOST_DEAD = 1.5  # vectors for each entry that is left, beyond which a kept index is not worth reading
 GROWTH = 0.1  # by which it is written anew: what is added after that is caught up from the store
 

@@ -10,8 +10,11 @@ from usearch.index import Index
 
 from semantic_cache.records import Vector, Vectors
 
-EXPANSION_ADD = 32  # candidates per insertion: builds several times faster than usearch's 128, at equal recall
-EXPANSION_SEARCH = 256  # recall at 100,000 entries; a search stays well under a millisecond
+# Vectors made from those of real prompts, 200,000 of them: the nearest is found in 1.000 of searches, 0.5 ms each; with
+# 16 neighbours and 32 candidates for each insertion, as quick to search and four times as quick to build, in 0.83.
+NEIGHBOURS = 48
+EXPANSION_ADD = 128
+EXPANSION_SEARCH = 256
 FIRST = 256  # added by one thread: several that begin an empty graph at once can leave parts of it unreachable
 SUFFIX = ".usearch"
 
@@ -82,6 +85,7 @@ class GraphIndex(PartitionIndex):
             ndim=dimensions,
             metric="cos",
             dtype="i8",
+            connectivity=NEIGHBOURS,
             expansion_add=EXPANSION_ADD,
             expansion_search=EXPANSION_SEARCH,
         )

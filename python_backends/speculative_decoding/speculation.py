@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from speculative_decoding.acceptance_rate import AcceptanceRate
 from speculative_decoding.drafter import Drafter
+from speculative_decoding.options import MAX_SPECULATION_LENGTH
 from speculative_decoding.prompt_lookup import NO_MATCH, Match
 from speculative_decoding.sampling import Distribution
 from speculative_decoding.sequence import Sequence
@@ -21,6 +22,9 @@ MODEL: Source = 0
 LEAST_MATCHES = (2, 4, 8, 16)
 FIRST_RATES = (0.7, 0.4, 0.6, 0.7, 0.8)
 LONG_MATCH: Source = 2  # where nothing was measured, a match from here on is likelier to be right than the model
+COPIED = (
+    2  # times as many tokens may be copied as the model may draft: they cost nothing, and are right for long or not
+)
 KEPT_ROUNDS = 8  # for which a plan holds, while the same rows may draft as far
 FILL_TOKENS = 64  # of prompts and plain rounds that the draft model takes in between two of the target's steps
 PROBING = 0.02  # share of the time that may go into finding out whether speculation pays again
@@ -55,8 +59,10 @@ class Speculation:
     """Proposes drafts for a batch. Without `costs` every draft is as long as it may be."""
 
     def __init__(self, drafter: Drafter | None, most: int, costs: StepCosts | None) -> None:
+        """`most`: tokens that the model drafts, unless a request says otherwise."""
         self._drafter = drafter
         self._most = most
+        self._most_copied = most_copied(most)
         self._costs = costs
         self._rates = [AcceptanceRate(rate, SHARED_MEMORY) for rate in FIRST_RATES]
         self._sources: dict[Sequence, Source] = {}  # of this round's drafts
@@ -114,13 +120,13 @@ class Speculation:
         if self._costs and (self._rounds_left < 0 or self._plan_key[:1] != (rows,)):
             self._rounds_left, self._plan_key, self._planned = KEPT_ROUNDS, (rows,), None
             costs = self._costs.draft.row(rows), self._costs.verify.row(rows)
-            self._appeal = goodputs_alone(*costs, self._most) if rows == 1 else None
+            self._appeal = goodputs_alone(*costs, self._most, self._most_copied) if rows == 1 else None
 
     def _candidate(self, row: int, sequence: Sequence, room: int) -> _Candidate | None:
         """Return who would draft for a sequence: for `auto` whoever gives more tokens a second; and how far."""
-        options = sequence.options
-        most = self._most if options.speculation_length is None else options.speculation_length
-        most = min(most, room, options.max_tokens - sequence.answered - 1)
+        options, asked = sequence.options, sequence.options.speculation_length
+        room = min(room, options.max_tokens - sequence.answered - 1)
+        most = min(self._most if asked is None else asked, room)
         if most <= 0 or options.drafter == "none":
             return None
         match = NO_MATCH if options.drafter == "model" else sequence.lookup.find()
@@ -129,7 +135,7 @@ class Speculation:
             self._matches[sequence] = match
             grade = _grade(match)
             if not has_model or self._prefers(sequence, grade):
-                return _Candidate(row, grade, most, match)
+                return _Candidate(row, grade, min(self._most_copied, room) if asked is None else most, match)
         return _Candidate(row, MODEL, most, match) if has_model else None
 
     def _prefers(self, sequence: Sequence, grade: Source) -> bool:
@@ -218,6 +224,11 @@ class Speculation:
             budget -= taken
             if taken >= most:
                 by_model[row] = lengths[row] = 0
+
+
+def most_copied(drafted: int) -> int:
+    """Return how many tokens may be copied where the model may draft so many."""
+    return min(COPIED * drafted, MAX_SPECULATION_LENGTH)
 
 
 def _grade(match: Match) -> Source:

@@ -40,15 +40,16 @@ EXPECTED = np.array(
 ALL_LENGTHS = np.arange(MAX_SPECULATION_LENGTH + 1)
 
 
-def goodputs_alone(draft: Seconds, verify: Seconds, most: int) -> tuple[list[float], list[float]]:
-    """Return tokens a second at the best length by STEPS of the acceptance rate: of copied drafts, and of the model's.
+def goodputs_alone(
+    draft: Seconds, verify: Seconds, most_drafted: int, most_copied: int
+) -> tuple[list[float], list[float]]:
+    """Return tokens a second at the best length, by STEPS of the acceptance rate: of copied drafts, and of the model's.
 
-    Seconds as for plan_lengths(), of whose rows each is taken to draft for itself.
+    Seconds as for plan_lengths(), of one row.
     """
-    tokens = EXPECTED[:, : most + 1]
-    copied = (tokens / verify[: most + 1]).max(1)
-    drafted = (tokens / (draft + verify)[: most + 1]).max(1)
-    return copied.tolist(), drafted.tolist()
+    copied = EXPECTED[:, : most_copied + 1] / verify[: most_copied + 1]
+    drafted = EXPECTED[:, : most_drafted + 1] / (draft + verify)[: most_drafted + 1]
+    return copied.max(1).tolist(), drafted.max(1).tolist()
 
 
 def plan_lengths(

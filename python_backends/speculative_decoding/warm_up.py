@@ -8,6 +8,7 @@ import numpy as np
 
 from speculative_decoding.decoder import Decoder
 from speculative_decoding.drafter import ModelDrafter
+from speculative_decoding.speculation import most_copied
 from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
 
 PAST = 64  # tokens in each slot while measuring
@@ -19,11 +20,11 @@ BUDGET_STEPS = 40  # a slow model may take so many of its own steps
 
 
 def measure_costs(target: Decoder, drafter: ModelDrafter | None, longest: int) -> StepCosts:
-    """Return what drafting and verifying up to `longest` tokens costs with these models, whose slots are empty.
+    """Return what drafting up to `longest` tokens and verifying cost with these models, whose slots are empty.
 
     It takes a second or so; what a slow model has no time for is taken to lie on straight lines.
     """
-    verify = _measure(target, longest + 1)
+    verify = _measure(target, (1, longest + 1, most_copied(longest) + 1))
     verify = {(rows, width - 1): seconds for (rows, width), seconds in verify.items()}
     few, many = ((width, _timed(target, 1, width)) for width in PREFILL_WIDTHS)
     prefill = PrefillCost.through(few, many)
@@ -43,17 +44,17 @@ def _draft_steps(drafter: ModelDrafter, slots: int, longest: int) -> dict[tuple[
     return seconds
 
 
-def _measure(model: Decoder, widest: int) -> dict[tuple[int, int], float]:
-    """Return seconds of a call by (rows, width): the extremes, then what lies between for as long as there is time."""
+def _measure(model: Decoder, widths: tuple[int, ...]) -> dict[tuple[int, int], float]:
+    """Return seconds of a call by (rows, width): at these widths, then between them for as long as there is time."""
     began = time.perf_counter()
-    extremes = sorted({1, widest})
-    between = [width for width in WIDTHS if width < widest]
+    extremes = sorted(set(widths))
+    between = [width for width in WIDTHS if width < extremes[-1]]
     middle_rows = [1 << power for power in range(1, 10) if 1 << power < model.slots]
     measured = {(rows, width): _timed(model, rows, width) for rows in sorted({1, model.slots}) for width in extremes}
     budget_s = max(LEAST_BUDGET_S, BUDGET_STEPS * measured[1, 1])
-    for rows, widths in [(1, between), *((rows, extremes) for rows in middle_rows), (model.slots, between)]:
+    for rows, more in [(1, between), *((rows, extremes) for rows in middle_rows), (model.slots, between)]:
         if time.perf_counter() - began < budget_s:
-            measured.update({(rows, width): _timed(model, rows, width) for width in widths})
+            measured.update({(rows, width): _timed(model, rows, width) for width in more})
     return measured
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speculative_decoding.acceptance_rate import AcceptanceRate
 from speculative_decoding.options import MAX_SPECULATION_LENGTH
-from speculative_decoding.speculation_length import MAX_RATE, STEPS, expected_tokens, plan_lengths
+from speculative_decoding.speculation_length import MAX_RATE, STEPS, expected_tokens, goodputs_alone, plan_lengths
 from speculative_decoding.step_costs import CostTable, PrefillCost
 
 Row = tuple[float, int, bool]  # acceptance rate, longest draft, by the model
@@ -119,3 +119,15 @@ def test_prefill_costs_follow_what_is_measured() -> None:
 def test_a_measurement_that_says_more_tokens_cost_less_is_not_believed() -> None:
     made = PrefillCost.through((10, 0.030), (110, 0.020))
     assert 0 < made.seconds(1) < made.seconds(100)
+
+
+def test_alone_copying_wins_where_it_is_right_as_often_and_loses_where_it_is_seldom() -> None:
+    draft, verify = LENGTHS * 0.1, 1 + LENGTHS * 0.02
+    copied, drafted = goodputs_alone(draft, verify, 8, 16)
+    assert copied == sorted(copied) and drafted == sorted(drafted)
+    half, most = STEPS // 2, int(0.9 * STEPS)
+    assert copied[most] > drafted[most] > copied[half]
+    for rate in (half, most):
+        tokens = [expected_tokens(rate / STEPS, length) for length in range(17)]
+        assert copied[rate] == pytest.approx(max(np.array(tokens) / verify))
+        assert drafted[rate] == pytest.approx(max(np.array(tokens[:9]) / (draft + verify)[:9]))
