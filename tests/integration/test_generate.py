@@ -659,10 +659,10 @@ def test_a_request_of_a_lower_level_overtakes_those_that_wait(server: TritonServ
     results: queue.Queue[Any] = queue.Queue()
     with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
         client.start_stream(lambda result, error: results.put(error or result))
-        start_endless(client, 16, 60, priority=3)
+        start_endless(client, 64, 60, priority=3)  # eight times as many as there are slots: some still wait by then
         eventually(lambda: metric(server, "speculative_decoding_waiting_sequences") > 0 or not results.empty())
         urgent = decode(server, PROMPT, priority=1, max_tokens=2).info["milliseconds"]["queue"]
-        others = [results.get(timeout=TIMEOUT_S) for _ in range(16)]
+        others = [results.get(timeout=TIMEOUT_S) for _ in range(64)]
         client.stop_stream()
     waits = [json.loads(one.as_numpy("info").item())["milliseconds"]["queue"] for one in others]
     assert urgent < max(waits)
