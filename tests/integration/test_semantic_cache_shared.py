@@ -84,10 +84,13 @@ def check(store: Store, count: int) -> None:
         found = store.get(Key(b"p" * 32, f"key {number}".encode()), 0.0)
         assert found and found.answer == f"answer {number}"
     assert store.usage().entries in (count, count + 1)
+    store.warm()  # as a server does when it starts
     for number in (0, count // 2, count - 1):
         unit = VECTORS[number] / np.linalg.norm(VECTORS[number])
-        [candidate] = store.nearest(b"p" * 32, unit, 1, 0.0)
-        assert candidate.found.answer == f"answer {number}"
+        candidates = store.nearest(b"p" * 32, unit, 5, 0.0)
+        cosines = [float(unit @ one.vector) / np.linalg.norm(one.vector) for one in candidates]
+        best = candidates[int(np.argmax(cosines))]
+        assert best.found.answer == f"answer {number}"
 
 
 @pytest.mark.parametrize("kills", KILLS)
