@@ -134,6 +134,8 @@ class Indexes:
     def _restored(self, partition: bytes, dimensions: int, entries: int | None) -> PartitionIndex:
         for path in kept(self._folder, partition.hex()) if self._folder else ():
             index = self._make(dimensions)
+            if not index.is_kept:
+                return index
             restored = index.restore(path)
             if restored and (entries is None or index.size <= MOST_DEAD * entries):
                 return index

@@ -51,9 +51,8 @@ class PartitionIndex(ABC):
         """Take in what save() wrote, and return whether that could be done."""
         return False
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write the index, whole or not at all; its times of expiry are not kept: the store knows them."""
-        raise NotImplementedError
+    def save(self, folder: Path, name: str) -> None:  # noqa: B027
+        """Write an index that is kept, whole or not at all; not its times of expiry: the store knows them."""
 
     def add(self, vectors: Vectors) -> None:
         """Add vectors whose ids are above `last_id`, in ascending order."""

@@ -133,7 +133,7 @@ class PagedModel:
 
         `tokens` is int64 [rows, width]; row r adds its first `counts[r]` tokens, and its logits beyond them mean
         nothing. Every slot needs room for `width` more tokens. Rows wider than KEPT_WIDTH have logits of the last
-        token only. Raises MemoryError when there is no block left, and has changed nothing then.
+        token fed only. Raises MemoryError when there is no block left, and has changed nothing then.
         """
         rows, width = tokens.shape
         call = self._start(first, tokens, counts, width)
@@ -161,8 +161,6 @@ class PagedModel:
 
     def widest(self, rows: int) -> int:
         """Return how many tokens each of so many rows may have in one call."""
-        if self.most_tokens >= self.slots * CHUNKS[-1]:
-            return self.context_length
         known = (*WIDTHS, *CHUNKS) if rows == 1 else WIDTHS
         padded = min(1 << (rows - 1).bit_length(), self.slots)
         return max((width for width in known if padded * width <= self.most_tokens), default=LEAST_WIDTH)

@@ -41,7 +41,7 @@ def table(name: str, search: Search) -> Table:
     """Return the table for a terminal."""
     drawn = Table(title=name)
     for column in COLUMNS:
-        drawn.add_column(column, justify="right" if column in FIGURES else "left")
+        drawn.add_column(column, justify="right" if column in FIGURES else "left", no_wrap=column in COLUMNS[:2])
     for trial, cells in zip(search.trials, rows(search.trials), strict=True):
         style = {"kept": "green", "original": "bold"}.get(trial.verdict, "dim")
         drawn.add_row(*cells, style=style)
