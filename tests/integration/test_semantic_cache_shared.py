@@ -41,13 +41,13 @@ from semantic_cache.stores.postgres import PostgresStore
 from semantic_cache.stores.sqlite import SqliteStore
 place, start = sys.argv[1], int(sys.argv[2])
 store = PostgresStore(place) if "://" in place else SqliteStore(Path(place))
-vectors = np.random.default_rng(0).standard_normal((20000, 8)).astype(np.float32)
-for number in range(start, 20000):
+vectors = np.random.default_rng(0).standard_normal((200000, 8)).astype(np.float32)
+for number in range(start, 200000):
     key = Key(b"p" * 32, f"key {number}".encode())
     store.put([Entry(key, b"t", "m", f"prompt {number}", f"answer {number}", "{}", vectors[number], (), 1, 0.0, 1e12)])
     print(number, flush=True)
 """
-VECTORS = np.random.default_rng(0).standard_normal((20000, 8)).astype(np.float32)
+VECTORS = np.random.default_rng(0).standard_normal((200000, 8)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
