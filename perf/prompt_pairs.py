@@ -24,7 +24,11 @@ PAIRS = Path(__file__).parent / "data" / "prompt_pairs.jsonl"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two prompts. `label`: paraphrase, near_miss or unrelated; `kind`: how they differ; `split`: tune or test."""
+    """Two prompts. `label`: paraphrase, near_miss or unrelated; `kind`: how they differ.
+
+    `split`: tune, test, or blind: a test of other topics by authors who did not know the verifier, asked for
+    paraphrases that share few words with the prompt (`apart`), or are put as people put things (`everyday`).
+    """
 
     first: str
     second: str
