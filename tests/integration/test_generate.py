@@ -265,8 +265,9 @@ def test_a_hit_replays_as_a_stream(server: TritonServer, tenant: str) -> None:
 
 def test_identical_questions_in_flight_are_decoded_once(server: TritonServer, tenant: str) -> None:
     question = "Explain to me what asyncio.Queue.join does, please."
+    long: dict[str, Parameter] = {"max_tokens": 400, "ignore_eos": True, "speculation_length": 0}  # all come meanwhile
     with ThreadPoolExecutor(8) as pool:
-        replies = list(pool.map(lambda _: ask(server, question, tenant=tenant), range(8)))
+        replies = list(pool.map(lambda _: ask(server, question, tenant=tenant, **long), range(8)))
     assert len({reply.text for reply in replies}) == 1
     sources = [reply.source for reply in replies]
     assert sources.count("decoded") == 1 and sources.count("coalesced") > 0
