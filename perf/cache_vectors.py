@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from perf.prompt_pairs import embed_all, load_pairs
+from perf.prompt_pairs import embed_pairs, load_pairs
 
 Matrix = NDArray[np.float32]
 
@@ -23,7 +23,7 @@ SHARE = 0.6  # of a difference: a made-up vector is then about as near to its re
 def _real() -> tuple[Matrix, Matrix]:
     """Return the vectors of real prompts, and what rewording one adds to it."""
     pairs = [*load_pairs("tune"), *load_pairs("test")]
-    vectors = embed_all(sorted({prompt for pair in pairs for prompt in (pair.first, pair.second)}))
+    vectors = embed_pairs(pairs)
     moves = [vectors[pair.second] - vectors[pair.first] for pair in pairs if pair.label == "paraphrase"]
     return np.stack(list(vectors.values())), np.stack(moves)
 

@@ -3,15 +3,13 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when onnxruntime is imported
 
-import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from scripts.serving.installation import MODEL_REPOSITORY, PYTHON_BACKENDS
 
@@ -70,9 +68,16 @@ def embed_all(prompts: Sequence[str]) -> dict[str, Vector]:
     return vectors
 
 
-def similarities(pairs: Sequence[Pair]) -> list[float]:
+def embed_pairs(pairs: Sequence[Pair]) -> dict[str, Vector]:
+    """Return the unit vector of every prompt in `pairs`."""
+    return embed_all(sorted({prompt for pair in pairs for prompt in (pair.first, pair.second)}))
+
+
+def cosines(pairs: Sequence[Pair], vectors: Mapping[str, Vector]) -> list[float]:
     """Return the cosine of each pair."""
-    vectors: dict[str, NDArray[np.float32]] = embed_all(
-        sorted({prompt for pair in pairs for prompt in (pair.first, pair.second)})
-    )
     return [float(vectors[pair.first] @ vectors[pair.second]) for pair in pairs]
+
+
+def similarities(pairs: Sequence[Pair]) -> list[float]:
+    """Embed `pairs`, and return the cosine of each."""
+    return cosines(pairs, embed_pairs(pairs))

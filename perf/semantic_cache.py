@@ -8,7 +8,7 @@ perf/results/semantic_cache.json; the curves go to semantic_cache.png beside it.
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from perf.cache_latency import Bench, inserts_per_s, startup_s, triton_ms
 from perf.cache_quality import Quality, quality, threshold_curve, verified, verified_curve
 from perf.cache_workload import run_workload
 from perf.gptcache import run_gptcache
-from perf.prompt_pairs import Pair, embed_all, load_pairs
+from perf.prompt_pairs import Pair, cosines, embed_pairs, load_pairs
 from scripts.machine import describe_machine
 
 from semantic_cache.stores.postgres import PostgresStore  # isort: skip
@@ -38,7 +38,12 @@ SPLITS = {"test": "by the author of lexicon and rules", "blind": "by authors who
 
 def measure(largest: int) -> tuple[dict[str, Any], dict[str, list[Quality]]]:
     """Return the result, and our curve in each test split."""
-    (quality_, curve, peer), (blind, blind_curve, _) = (_compare(load_pairs(split)) for split in SPLITS)
+    splits = {split: load_pairs(split) for split in SPLITS}
+    pairs = [pair for split in splits.values() for pair in split]
+    vectors = embed_pairs(pairs)
+    peer = run_gptcache(pairs, vectors, GPTCACHE_ENTRIES)
+    found = dict(zip(pairs, peer["found"], strict=True))
+    compared = {split: _compare(own, cosines(own, vectors), found) for split, own in splits.items()}
     _say("quality and GPTCache measured")
     local = _measure_sqlite(largest)
     shared = _measure_postgres()
@@ -46,42 +51,38 @@ def measure(largest: int) -> tuple[dict[str, Any], dict[str, list[Quality]]]:
     triton = triton_ms()
     _say("round trips measured")
     result = {
-        "quality": quality_,
-        "quality_blind": blind,
-        "pairs": {split: _count(load_pairs(split)) for split in SPLITS},
+        "quality": compared["test"],
+        "quality_blind": compared["blind"],
+        "pairs": {split: _count(own) for split, own in splits.items()},
         "latency_ms_p50": {
             "exact_in_process": local["exact"],
             "semantic_in_process": local["semantic"],
             "exact_triton": round(triton["exact"], 3),
             "semantic_triton": round(triton["semantic"], 3),
             "empty_model_triton": round(triton["empty"], 3),
-            "gptcache_exact": round(peer["exact"], 3),
-            "gptcache_semantic": round(peer["semantic"], 3),
+            "gptcache_exact": round(peer["latency"]["exact"], 3),
+            "gptcache_semantic": round(peer["latency"]["semantic"], 3),
         },
         "index_recall_at_1": local["recall"],
         "inserts_per_s": local["inserts_per_s"],
         "inserts_per_s_single": local["inserts_per_s_single"],
-        "gptcache_inserts_per_s": round(peer["inserts_per_s"], 1),
+        "gptcache_inserts_per_s": round(peer["latency"]["inserts_per_s"], 1),
         "index_build_s": local["built_s"],
         "startup_s_100k": local["startup_s_100k"],
         "postgres": shared,
         "workload": run_workload(),
         "machine": describe_machine(),
     }
-    return result, {"test": curve, "blind": blind_curve}
+    return result, {split: verified_curve(own, cosines(own, vectors)) for split, own in splits.items()}
 
 
-def _compare(pairs: Sequence[Pair]) -> tuple[dict[str, Quality], list[Quality], dict[str, float]]:
-    """Return the quality of every system, our curve, and GPTCache's latencies."""
-    vectors = embed_all(sorted({prompt for pair in pairs for prompt in (pair.first, pair.second)}))
-    cosines = [float(vectors[pair.first] @ vectors[pair.second]) for pair in pairs]
-    peer = run_gptcache(pairs, vectors, GPTCACHE_ENTRIES)
-    systems = {
-        "ours": verified(pairs, cosines),
-        "gptcache": quality(pairs, peer["found"]),
-        **threshold_curve(pairs, cosines),
+def _compare(pairs: Sequence[Pair], similar: Sequence[float], found: Mapping[Pair, bool]) -> dict[str, Quality]:
+    """Return the quality of every system; `found`: what GPTCache serves."""
+    return {
+        "ours": verified(pairs, similar),
+        "gptcache": quality(pairs, [found[pair] for pair in pairs]),
+        **threshold_curve(pairs, similar),
     }
-    return systems, verified_curve(pairs, cosines), peer["latency"]
 
 
 def _count(pairs: Sequence[Pair]) -> dict[str, int]:
