@@ -1,9 +1,10 @@
-"""Everything that runs on an NVIDIA GPU, in one run: `python -m perf.gpu PAIR [--shape NAME ...] [--embedder FILE]`.
+"""Everything that runs on an NVIDIA GPU, in one run: `python -m perf.gpu PAIR`.
 
 PAIR is a folder made by perf.gpu_pair: a target and a draft, trained, exported, and prompts that neither has seen. The
 pair decodes plainly and speculatively, beside ONNX Runtime GenAI and transformers. Steps of Llama shapes with random
 weights are timed against the time that reading the weights takes, at the bandwidth measured here, and against the same
-call bare. FILE is an ONNX sentence encoder, in fp16. The last line of output is the JSON for perf/results/gpu.json.
+call bare. --embedder takes an ONNX sentence encoder, in fp16. The last line of output is the JSON for
+perf/results/gpu.json.
 """
 
 import argparse
@@ -255,9 +256,9 @@ def measure_embedder(path: Path) -> dict[str, float]:
     return found
 
 
-def peers(pair: Path) -> Any:
-    """Return what perf.gpu_peers prints, in a process of its own; what became of it when it fails."""
-    command = [sys.executable, "-m", "perf.gpu_peers", str(pair)]
+def in_own_process(module: str, pair: Path) -> Any:
+    """Return what a module of perf prints about the pair, in a process of its own; its exit status when it fails."""
+    command = [sys.executable, "-m", module, str(pair)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": f"exit {done.returncode}"}
 
@@ -268,6 +269,7 @@ def main() -> None:
     parser.add_argument("pair", type=Path)
     parser.add_argument("--shape", choices=SHAPES, action="append", default=[])
     parser.add_argument("--embedder", type=Path)
+    parser.add_argument("--through-triton", action="store_true", help="serve the pair, too, as perf.gpu_triton does")
     arguments = parser.parse_args()
     cupy = importlib.import_module("cupy")
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
@@ -308,7 +310,9 @@ def main() -> None:
     cupy.get_default_memory_pool().free_all_blocks()
     if arguments.embedder:
         results["embedder_sentences_per_s"] = measure_embedder(arguments.embedder)
-    results["peers"] = peers(arguments.pair)
+    results["peers"] = in_own_process("perf.gpu_peers", arguments.pair)
+    if arguments.through_triton:
+        results["through_triton"] = in_own_process("perf.gpu_triton", arguments.pair)
     results["machine"] = {**describe_machine(), "gpu": gpu, "onnxruntime": onnxruntime.__version__}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "gpu.json").write_text(json.dumps(results) + "\n", encoding="utf-8")

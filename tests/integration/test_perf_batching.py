@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from perf import batching, batching_report, load, perf_analyzer, streaming
-from scripts.serving.installation import PROJECT
+from perf import batching, batching_report, gpu_triton, load, perf_analyzer, streaming
+from scripts.serving.installation import MODEL_REPOSITORY, PROJECT
 from scripts.serving.server import TritonServer
 
 TINY = replace(
@@ -108,3 +108,9 @@ def test_the_locustfile_lists_its_users() -> None:
     command = [sys.executable, "-m", "locust", "-f", str(load.LOCUSTFILE), "--list"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert {"HttpUser", "GrpcUser", "SessionUser"} <= set((done.stdout + done.stderr).split())
+
+
+def test_what_a_gpu_will_be_asked_through_triton_is_answered_alike_with_and_without_speculation() -> None:
+    found = gpu_triton.through_triton(MODEL_REPOSITORY / "language_model", "KIND_CPU", (2,))["2"]
+    assert found["answers"] == 16 and found["differences"] == 0
+    assert found["ratio"] == pytest.approx(found["speculative_tps"] / found["plain_tps"], abs=1e-2)
