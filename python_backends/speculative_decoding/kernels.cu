@@ -2,6 +2,7 @@
 #include <cuda_fp16.h>
 
 #define THREADS 512
+#define TWO_TO_32 4294967296.0
 #define NOTHING Best{__longlong_as_double(0xfff0000000000000ull), 0x7fffffff}  // worse than any
 typedef unsigned long long u64;
 
@@ -49,7 +50,7 @@ __device__ double gumbel(u64 key, int column) {
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9ull;
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBull;
     bits = (bits ^ (bits >> 31)) >> 32;
-    return -log(-log(((double)bits + 0.5) * 0x1p-32));
+    return -log(-log(((double)bits + 0.5) / TWO_TO_32));
 }
 
 // Keys are ordered as logits are, the lower column first where they tie: what a filter keeps is all keys from one on.
@@ -66,7 +67,7 @@ __device__ float scaled_to(float logit, float greatest, float temperature) {
 #define WEIGHT_LOG 22.18070977791825  // of 2^32, the weight of a row's likeliest column
 
 __device__ u64 weight_of(float scaled) {  // in fixed point: sums do not depend on their order then
-    return (u64)((double)expf(scaled) * 0x1p32);
+    return (u64)((double)expf(scaled) * TWO_TO_32);
 }
 
 // Return the least of the greatest keys from `floor` on that weigh `wanted` together, each 1 or its probability: a radix
