@@ -45,6 +45,8 @@ def _most_tokens(model: PagedModel) -> int:
             same = found == [digest for row in alone[:rows] for digest in row[:width]]
         else:
             same = _chunk_is_independent(model, rng.integers(0, model.shape.vocabulary, width))
+            model.truncate(0, 0)
+            _feed(model, 0, prompts[:1])  # what was in the slot that the chunk was fed to
         if not same:
             return good
         good = size
