@@ -3,8 +3,10 @@
 import threading
 
 import numpy as np
+from speculative_decoding.acceptance import choose_together
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.sampling import Sampler
 from speculative_decoding.sequence import FinishReason, Sequence
 
@@ -50,3 +52,44 @@ def decode_plainly(
         if len(answer) == options.max_tokens or len(prompt) + len(answer) == model.context_length:
             return answer, "length"
         logits = model.forward(0, np.array([[token]], np.int64), np.array([1], np.int32))[0, 0]
+
+
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3}
+ADJUSTED = (
+    {},
+    PENALTIES,
+    {"logit_bias": ((3, 2.5), (7, -100.0), (11, 0.3))},
+    {"min_tokens": 3},
+    {"presence_penalty": -0.7, "min_tokens": 2, "logit_bias": ((5, 4.0),)},
+)
+
+
+def check_adjusted_choices(model: PagedModel, rows: int = 4, width: int = 5) -> None:
+    """Have each place's likeliest token chosen where the logits are, and on the host; the tokens must be the same."""
+    rng, vocabulary = np.random.default_rng(0), model.shape.vocabulary
+    for turn in range(20):
+        prompts = rng.integers(0, vocabulary, (rows, 30))
+        drafted = rng.integers(0, vocabulary, (rows, width - 1))
+        drafted[:, 2] = drafted[:, 0]  # a token drafted twice, and one of the prompt
+        drafted[:, 1] = prompts[:, -2]
+        counts = rng.integers(1, width + 1, rows).astype(np.int32)
+        ends = frozenset(rng.integers(0, vocabulary, vocabulary // 3).tolist())
+        sequences = [
+            Sequence(
+                prompt.tolist(), GenerationOptions(**ADJUSTED[(turn + row) % len(ADJUSTED)]), lambda *_: None, ends
+            )
+            for row, prompt in enumerate(prompts)
+        ]
+        for row, sequence in enumerate(sequences):
+            model.truncate(row, 0)
+            model.forward(row, prompts[row, None, :-1], np.array([29], np.int32))
+            sequence.commit(prompts[row, : turn % 3].tolist())
+        tokens = np.concatenate([prompts[:, -1:], drafted], axis=1)
+        logits = model.forward(0, tokens, counts)
+        rows_drafted = [one[: count - 1] for one, count in zip(drafted.tolist(), counts.tolist(), strict=True)]
+        chosen = choose_together(sequences, rows_drafted, logits)
+        for row, sequence in enumerate(sequences):
+            expected = [
+                sequence.sampler.choose(logits[row, place], rows_drafted[row][:place]) for place in range(counts[row])
+            ]
+            assert chosen[row] is not None and chosen[row][: counts[row]] == expected

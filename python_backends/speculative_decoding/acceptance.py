@@ -5,6 +5,7 @@ from collections.abc import Sequence as Row
 
 import numpy as np
 
+from speculative_decoding.adjustments import Adjustments
 from speculative_decoding.decoder import Logits
 from speculative_decoding.noise import Stream, key_of, uniform
 from speculative_decoding.paged_logits import PagedLogits
@@ -20,31 +21,41 @@ def accept_drafts(sequences: Row[Sequence], drafts: Drafts, logits: Logits) -> l
 
     logits: [rows, longest + 1, vocabulary], after the last committed token and after each drafted one.
     """
-    drafted, lengths, chosen = drafts.tokens.tolist(), drafts.lengths.tolist(), choose_together(sequences, logits)
+    drafted = [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
+    chosen = choose_together(sequences, drafted, logits)
     return [
-        _accept_row(sequence, drafted[row][: lengths[row]], drafts.distributions.get(row, []), logits[row], chosen[row])
+        _accept_row(sequence, drafted[row], drafts.distributions.get(row, []), logits[row], chosen[row])
         for row, sequence in enumerate(sequences)
     ]
 
 
-def choose_together(sequences: Row[Sequence], logits: Logits) -> list[list[int] | None]:
+def choose_together(sequences: Row[Sequence], drafted: Row[Row[int]], logits: Logits) -> list[list[int] | None]:
     """Return the target's choices at every place of each row, None for rows that are chosen for place by place.
 
-    Those are whose choices depend on the drafts before; on the host also what is sampled, for a rejected draft ends
-    the work there. The choices do not depend on where they are made, but for rounding.
+    Those are judged by rejection; on the host also what is sampled or adjusted, for a rejected draft ends the work
+    there. The choices do not depend on where they are made, but for rounding.
     """
     on_device = isinstance(logits, PagedLogits)
-    together = [
-        not sequence.by_rejection and (sequence.options.is_bare or (on_device and not sequence.sampler.looks_back))
-        for sequence in sequences
-    ]
+    together = [not sequence.by_rejection and (sequence.options.is_bare or on_device) for sequence in sequences]
     if not any(together):
         return [None] * len(together)
-    if on_device and not all(sequence.options.is_bare for sequence in sequences):
-        chosen = logits.choose(np.stack([sequence.sampler.wishes(logits.shape[1]) for sequence in sequences]))
+    if isinstance(logits, PagedLogits) and not all(sequence.options.is_bare for sequence in sequences):
+        width = logits.shape[1]
+        wishes = np.stack([sequence.sampler.wishes(width) for sequence in sequences])
+        chosen = logits.choose(wishes, _adjustments(sequences, drafted, width))
     else:
         chosen = logits.argmax(-1)
     return [row if whole else None for row, whole in zip(chosen.tolist(), together, strict=True)]
+
+
+def _adjustments(sequences: Row[Sequence], drafted: Row[Row[int]], width: int) -> Adjustments | None:
+    """Return what is done to the logits before all choices, None for nothing."""
+    each = [
+        sequence.sampler.adjustments(tokens) if sequence.sampler.looks_back and not sequence.by_rejection else None
+        for sequence, tokens in zip(sequences, drafted, strict=True)
+    ]
+    found = Adjustments.together(each, width)
+    return found if len(found.entries) else None
 
 
 def _accept_row(

@@ -13,6 +13,7 @@ from speculative_decoding.execution_provider import Provider
 from speculative_decoding.noise import MAX_GUMBEL
 
 SPARE_BYTES = 1 << 30  # of a GPU's memory, left to ONNX Runtime's activations and the kernels
+KERNELS = ("argmax", "choose", "adjust", "advance")
 THREADS = 512  # of kernels.cu, on each row of logits
 ROWS = 64  # rows that one block of threads advances
 
@@ -32,11 +33,11 @@ class CudaDevice(Device):
             self._stream = self._cupy.cuda.Stream(non_blocking=True)
         code = (Path(__file__).parent / "kernels.cu").read_text(encoding="utf-8")
         limits = f"-DMAX_GUMBEL={MAX_GUMBEL!r}"
-        self._functions: dict[tuple[str, Any], Any] = {}
-        self._kernels = {
-            np.dtype(dtype): self._cupy.RawModule(code=code, options=(f"-DLOGIT={name}", limits))
-            for dtype, name in ((np.float16, "__half"), (np.float32, "float"))
-        }
+        self._kernels: dict[tuple[str, Any], Any] = {}
+        for dtype, name in ((np.float16, "__half"), (np.float32, "float")):
+            module = self._cupy.RawModule(code=code, options=(f"-DLOGIT={name}", limits))
+            with self._device:  # compiled now: a request would wait for it
+                self._kernels |= {(kernel, np.dtype(dtype)): module.get_function(kernel) for kernel in KERNELS}
         self.provider = kind, {**options, "enable_cuda_graph": "1", "user_compute_stream": str(self._stream.ptr)}
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -71,6 +72,10 @@ class CudaDevice(Device):
     def choose(self, logits: Array, wishes: Array, chosen: Array) -> None:
         self._launch("choose", logits, len(logits), THREADS, (logits, wishes, chosen, np.int32(logits.shape[1])))
 
+    def adjust(self, logits: Array, entries: Array, places: Array, adjusted: Array) -> None:
+        columns = np.int32(logits.shape[1])
+        self._launch("adjust", logits, len(logits), THREADS, (logits, entries, places, adjusted, columns))
+
     def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
         rows = len(counts)
         sizes = np.int32(rows), np.int32(len(chosen) // rows)
@@ -89,10 +94,7 @@ class CudaDevice(Device):
 
     def _launch(self, name: str, logits: Array | None, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
         """Queue a kernel, made for the type that the logits have."""
-        dtype = np.dtype(np.float16) if logits is None else logits.dtype
-        kernel = self._functions.get((name, dtype))
-        if kernel is None:
-            kernel = self._functions[name, dtype] = self._kernels[dtype].get_function(name)
+        kernel = self._kernels[name, np.dtype(np.float16) if logits is None else logits.dtype]
         with self._device, self._stream:
             kernel((blocks,), (threads,), arguments)
 

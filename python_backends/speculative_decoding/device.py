@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import DTypeLike, NDArray
 
+from speculative_decoding.adjustments import ENTRY, PLACE, adjust
 from speculative_decoding.execution_provider import Provider
 from speculative_decoding.sampling import WISH, Filters, choose
 
@@ -57,6 +58,13 @@ class Device(ABC):
         """Write what is chosen of each row to `chosen` int32 [rows], as `wishes` WISH [rows], given as bytes, say."""
 
     @abstractmethod
+    def adjust(self, logits: Array, entries: Array, places: Array, adjusted: Array) -> None:
+        """Write logits, of any type, to `adjusted` float32 of the same shape, changed as adjustments.adjust says.
+
+        entries, places: ENTRY, and PLACE [rows], given as bytes.
+        """
+
+    @abstractmethod
     def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
         """Make a call's inputs those of the next token of each row: what was `chosen` after its last fed token.
 
@@ -105,6 +113,11 @@ class HostDevice(Device):
     def choose(self, logits: Array, wishes: Array, chosen: Array) -> None:
         for row, (key, temperature, top_p, least, top_k) in enumerate(wishes.view(WISH).tolist()):
             chosen[row] = choose(logits[row].astype(np.float32), Filters(temperature, top_k, top_p, least), key)
+
+    def adjust(self, logits: Array, entries: Array, places: Array, adjusted: Array) -> None:
+        adjusted[...] = logits
+        for row, place in zip(adjusted, places.view(PLACE), strict=True):
+            adjust(row, entries.view(ENTRY), place)
 
     def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
         first = np.arange(len(counts)) * (len(chosen) // len(counts))

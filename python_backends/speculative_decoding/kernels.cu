@@ -13,6 +13,19 @@ struct Wish {
     int top_k;
 };
 
+// adjustments.ENTRY and adjustments.PLACE, field by field.
+struct Entry {
+    int token, times;
+    unsigned flags;
+    float bias;
+};
+struct Place {
+    int begin, end, drafted, is_early;
+    float repetition, frequency, presence;
+};
+#define SEEN 0x80000000u
+#define END 0x40000000u
+
 // The greatest value of a row and the lowest column that has it, as NumPy's argmax.
 struct Best {
     double value;
@@ -160,6 +173,30 @@ extern "C" __global__ void choose(const LOGIT* logits, const Wish* wishes, int* 
         best = best_of_block(mine);
     }
     if (threadIdx.x == 0) chosen[blockIdx.x] = best.column;
+}
+
+// adjustments.adjust for each row of logits. No token has two entries of a row.
+extern "C" __global__ void adjust(
+    const LOGIT* logits, const Entry* entries, const Place* places, float* adjusted, int columns
+) {
+    const LOGIT* row = logits + (long long)blockIdx.x * columns;
+    float* own = adjusted + (long long)blockIdx.x * columns;
+    Place place = places[blockIdx.x];
+    for (int column = threadIdx.x; column < columns; column += THREADS) own[column] = (float)row[column];
+    __syncthreads();
+    for (int at = place.begin + threadIdx.x; at < place.end; at += THREADS) {
+        Entry entry = entries[at];
+        if (entry.token >= columns) continue;
+        float value = own[entry.token] + entry.bias;
+        if (place.is_early && entry.flags & END) value = __int_as_float(0xff800000);  // -infinity
+        int drafted = __popc(entry.flags & ((1u << place.drafted) - 1)), times = entry.times + drafted;
+        if (entry.flags & SEEN || drafted) {
+            value = value > 0 ? value / place.repetition : value * place.repetition;
+            value = (float)((double)value - (double)place.frequency * times);
+            if (times > 0) value -= place.presence;
+        }
+        own[entry.token] = value;
+    }
 }
 
 // Feed each row of a draft what was chosen after its last fed token, and say so in `proposals`.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from speculative_decoding.adjustments import PLACE, Adjustments
 from speculative_decoding.device import Array, Device
 from speculative_decoding.language_model import Counts, Tokens
 from speculative_decoding.sampling import WISH
@@ -14,12 +15,18 @@ KEPT_WIDTH = 17  # of a wider row only the last token fed has logits
 
 
 class Results(NamedTuple):
-    """A model's buffers for what its calls give: logits, tokens chosen of them and how, and drafts, a row a step."""
+    """A model's buffers for what its calls give: logits, tokens chosen of them and how, and drafts, a row a step.
+
+    wishes, entries, places: bytes of WISH, ENTRY and PLACE. adjusted: float32 of some rows of logits.
+    """
 
     logits: Array
     chosen: Array
     wishes: Array
     proposals: Array
+    entries: Array
+    places: Array
+    adjusted: Array
 
 
 class PagedCall:
@@ -44,6 +51,7 @@ class PagedCall:
         wanted = rows * width if self._has_all else rows
         self.logits, self._chosen = results.logits[:wanted], results.chosen[:wanted]
         self._wishes, self._proposals = results.wishes, results.proposals[:, :rows]
+        self._results = results
         sizes = {
             "tokens": 8 * rows * width,
             "past": 4 * rows,
@@ -105,11 +113,17 @@ class PagedCall:
         """Queue the call on what the inputs hold."""
         self._session.run_with_iobinding(self._binding, self._options)
 
-    def choose(self, wishes: NDArray[np.void] | None) -> NDArray[np.int32]:
-        """Return the tokens chosen of all logits, as `wishes` WISH [logits] says; the likeliest without."""
+    def choose(self, wishes: NDArray[np.void] | None, adjustments: Adjustments | None = None) -> NDArray[np.int32]:
+        """Return the tokens chosen of all logits, as `wishes` WISH [logits] says; the likeliest without.
+
+        adjustments: what is done to the logits before, with places [logits]; only with wishes.
+        """
         if wishes is not None:
             self._device.upload(self._wishes[: wishes.nbytes], wishes.view(np.uint8))
-        self._choose(0 if wishes is not None else None)
+        if adjustments is not None:
+            self._choose_adjusted(adjustments)
+        else:
+            self._choose(0 if wishes is not None else None)
         return self._device.download(self._chosen)
 
     def follow(self, steps: int, wishes: NDArray[np.void] | None) -> NDArray[np.int32]:
@@ -135,6 +149,18 @@ class PagedCall:
             return
         size = len(self._chosen) * WISH.itemsize
         self._device.choose(self.logits, self._wishes[step * size : (step + 1) * size], self._chosen)
+
+    def _choose_adjusted(self, adjustments: Adjustments) -> None:
+        """Queue the choice of all logits, adjusted in float32, some rows at a time."""
+        entries, places, adjusted = self._results.entries, self._results.places, self._results.adjusted
+        for there, values in ((entries, adjustments.entries), (places, adjustments.places)):
+            self._device.upload(there[: values.nbytes], values.view(np.uint8))
+        for begin in range(0, len(self.logits), len(adjusted)):
+            end = min(begin + len(adjusted), len(self.logits))
+            some = adjusted[: end - begin]
+            at, wishes = (slice(begin * dtype.itemsize, end * dtype.itemsize) for dtype in (PLACE, WISH))
+            self._device.adjust(self.logits[begin:end], entries, places[at], some)
+            self._device.choose(some, self._wishes[wishes], self._chosen[begin:end])
 
     def _bind(self, kind: str, name: str, array: Array) -> None:
         bind = self._binding.bind_input if kind == "input" else self._binding.bind_output

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from speculative_decoding.adjustments import Adjustments
 from speculative_decoding.device import Device
 from speculative_decoding.paged_call import PagedCall
-from speculative_decoding.sampling import WISH
 
 
 class PagedLogits:
@@ -37,16 +37,25 @@ class PagedLogits:
         assert axis == -1
         return self._chosen(None)
 
-    def choose(self, wishes: NDArray[np.void]) -> NDArray[np.int64]:
-        """Return the tokens that `wishes`, WISH of the shape without the vocabulary, choose, on the device."""
-        every = np.zeros(len(self._call.logits), WISH)
-        there = self._places >= 0
-        every[self._places[there]] = wishes[there]
-        return self._chosen(every)
+    def choose(self, wishes: NDArray[np.void], adjustments: Adjustments | None = None) -> NDArray[np.int64]:
+        """Return the tokens that `wishes`, WISH of the shape without the vocabulary, choose, on the device.
 
-    def _chosen(self, wishes: NDArray[np.void] | None) -> NDArray[np.int64]:
+        The places of `adjustments` are of the same shape.
+        """
+        if adjustments is not None:
+            adjustments = adjustments._replace(places=self._spread(adjustments.places))
+        return self._chosen(self._spread(wishes), adjustments)
+
+    def _spread(self, values: NDArray[np.void]) -> NDArray[np.void]:
+        """Return values, of the shape without the vocabulary, in the order of the call's logits, zero elsewhere."""
+        every = np.zeros(len(self._call.logits), values.dtype)
+        there = self._places >= 0
+        every[self._places[there]] = values[there]
+        return every
+
+    def _chosen(self, wishes: NDArray[np.void] | None, adjustments: Adjustments | None = None) -> NDArray[np.int64]:
         started = time.perf_counter()
-        chosen = self._call.choose(wishes)
+        chosen = self._call.choose(wishes, adjustments)
         self._waited(time.perf_counter() - started)
         return chosen[self._places].astype(np.int64)
 

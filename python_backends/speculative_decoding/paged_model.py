@@ -11,11 +11,12 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto
 
+from speculative_decoding.adjustments import ENTRY, PLACE
 from speculative_decoding.cuda_device import device_of
 from speculative_decoding.device import OutOfDeviceMemoryError
 from speculative_decoding.execution_provider import CPU, Provider
 from speculative_decoding.language_model import Counts, DecoderShape, Tokens, session_options
-from speculative_decoding.options import MAX_SPECULATION_LENGTH
+from speculative_decoding.options import MAX_BIASES, MAX_SPECULATION_LENGTH, MAX_STOPS
 from speculative_decoding.paged_blocks import SCRATCH, BlockAllocator
 from speculative_decoding.paged_call import KEPT_WIDTH, PagedCall, Results
 from speculative_decoding.paged_logits import PagedLogits
@@ -90,6 +91,9 @@ class PagedModel:
                 self._device.zeros((most,), np.int32),
                 self._device.zeros((wishes,), np.uint8),
                 self._device.zeros((longest, slots), np.int32),
+                self._device.zeros((slots * self._most_entries * ENTRY.itemsize,), np.uint8),
+                self._device.zeros((most * PLACE.itemsize,), np.uint8),
+                self._device.zeros((slots, self.shape.vocabulary), np.float32),
             )
         except OutOfDeviceMemoryError as error:
             raise OutOfDeviceMemoryError(
@@ -122,6 +126,11 @@ class PagedModel:
     def block_bytes(self) -> int:
         """Bytes of keys and values of a block."""
         return self._size * self.bytes_per_token
+
+    @property
+    def _most_entries(self) -> int:
+        """How many tokens of a sequence can be adjusted: its own, and those that a request and the model name."""
+        return self.shape.context_length + MAX_BIASES + MAX_STOPS + len(self.shape.end_tokens)
 
     @property
     def device(self) -> str:

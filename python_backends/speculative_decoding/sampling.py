@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from speculative_decoding.adjustments import Adjuster, Adjustments, adjust
 from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel, key_of, keys_of
 from speculative_decoding.options import MAX_SEED, GenerationOptions
-from speculative_decoding.token_counts import TokenCounts
 
 FEW = 64  # tokens for which noise is cheaper than finding out which of them need it
 Row = NDArray[np.float32]  # the logits of one position, [vocabulary]
@@ -61,19 +61,15 @@ class Sampler:
         self._options = options
         self._prompt_length = len(prompt)
         self._length = len(prompt)
-        self._counts = TokenCounts(prompt) if options.has_penalties else None
-        self._bias_tokens = np.array([token for token, _ in options.logit_bias], np.int64)
-        self._biases = np.array([bias for _, bias in options.logit_bias], np.float32)
-        self._ends = np.array(sorted(ends), np.int64)
+        self._adjuster = Adjuster(options, prompt, ends)
         self._filters = Filters.of(options)
         self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
 
     def commit(self, tokens: list[int]) -> None:
         """Take in what has become part of the answer."""
         self._length += len(tokens)
-        if self._counts:
-            for token in tokens:
-                self._counts.add(token)
+        for token in tokens:
+            self._adjuster.add(token)
 
     def choose(self, logits: Row, ahead: Ahead[int] = (), stream: Stream = Stream.CHOICE) -> int:
         """Return the next token: a sample of the filtered distribution, or with temperature 0 the likeliest."""
@@ -91,11 +87,15 @@ class Sampler:
     @property
     def looks_back(self) -> bool:
         """Whether the next choices depend on more than logits, filters and noise: bias, penalties, an end too early."""
-        too_early = self._length - self._prompt_length < self._options.min_tokens
-        return bool(too_early or self._counts or len(self._biases))
+        return self._adjusts(())
+
+    def adjustments(self, drafted: Ahead[int]) -> Adjustments:
+        """Return what is done to the logits before the next choice and before that after each drafted token."""
+        entries = self._adjuster.entries(drafted=drafted)
+        return Adjustments(entries, self._adjuster.places(len(entries), len(drafted) + 1, self._missing(())))
 
     def wishes(self, count: int) -> NDArray[np.void]:
-        """Return how the next `count` tokens are chosen, WISH [count], but for what looks_back() says."""
+        """Return how the next `count` tokens are chosen, WISH [count], but for what adjustments() says."""
         wishes = np.zeros(count, WISH)
         if self._filters.temperature:
             for name, value in zip(Filters._fields, self._filters, strict=True):
@@ -107,30 +107,21 @@ class Sampler:
         """Return the place in the sequence of the token after `ahead`, which keys its noise."""
         return self._length + len(ahead)
 
+    def _missing(self, ahead: Ahead[int]) -> int:
+        """Return how many tokens an answer with `ahead` lacks to be long enough."""
+        return self._options.min_tokens - (self._length + len(ahead) - self._prompt_length)
+
+    def _adjusts(self, ahead: Ahead[int]) -> bool:
+        return self._missing(ahead) > 0 or self._options.has_penalties or bool(self._options.logit_bias)
+
     def _adjusted(self, logits: Row, ahead: Ahead[int]) -> Row:
         """Return logits with bias, penalties and the least number of tokens applied."""
-        too_early = self._length + len(ahead) - self._prompt_length < self._options.min_tokens
-        if not (too_early or self._counts or len(self._biases)):
+        if not self._adjusts(ahead):
             return logits
-        logits = logits.copy()
-        inside = self._bias_tokens < len(logits)  # a draft may have fewer logits than the target
-        logits[self._bias_tokens[inside]] += self._biases[inside]
-        if too_early:
-            logits[self._ends[self._ends < len(logits)]] = -np.inf
-        if self._counts:
-            self._penalize(logits, self._counts, ahead)
+        logits, entries = logits.copy(), self._adjuster.entries(ahead)
+        [place] = self._adjuster.places(len(entries), 1, self._missing(ahead))
+        adjust(logits, entries, place)
         return logits
-
-    def _penalize(self, logits: Row, counts: TokenCounts, ahead: Ahead[int]) -> None:
-        tokens, times = counts.looking_ahead(ahead)
-        inside = tokens < len(logits)
-        tokens, times = tokens[inside], times[inside]
-        penalized = logits[tokens]
-        factor = np.float32(self._options.repetition_penalty)
-        penalized = np.where(penalized > 0, penalized / factor, penalized * factor)
-        penalized -= np.float32(self._options.frequency_penalty) * times
-        penalized -= np.float32(self._options.presence_penalty) * (times > 0)
-        logits[tokens] = penalized
 
 
 def choose(logits: Row, filters: Filters, key: int) -> int:

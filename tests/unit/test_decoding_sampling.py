@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from speculative_decoding.adjustments import adjust
 from speculative_decoding.logprobs import token_logprobs
 from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel, key_of, keys_of, uniform
 from speculative_decoding.options import GenerationOptions
@@ -95,6 +96,19 @@ def test_tokens_ahead_count_as_if_they_were_committed(
     assert before.choose(logits, ahead) == after.choose(logits)
     assert before.choose(logits, ahead) == after.choose(logits), "asking changes nothing"
     assert before.position(ahead) == after.position([])
+
+
+@given(LOGITS, OPTIONS, TOKENS, TOKENS, st.lists(st.integers(0, VOCABULARY - 1), max_size=16))
+def test_what_is_done_to_all_places_at_once_is_what_is_done_to_each(
+    values: list[float], options: dict[str, Any], prompt: list[int], answer: list[int], drafted: list[int]
+) -> None:
+    made = sampler(prompt, **options)
+    made.commit(answer)
+    entries, places = made.adjustments(drafted)
+    for count, place in enumerate(places):
+        logits = logits_of(values)
+        adjust(logits, entries, place)
+        assert np.array_equal(logits, made._adjusted(logits_of(values), drafted[:count]))
 
 
 @given(LOGITS, OPTIONS, TOKENS)

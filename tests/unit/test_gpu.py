@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from semantic_cache.exact_index import GROUP, ExactIndex
 from semantic_cache.records import Vectors
+from speculative_decoding.adjustments import Adjustments, adjust
 from speculative_decoding.cuda_device import CudaDevice
 from speculative_decoding.device import OutOfDeviceMemoryError
 from speculative_decoding.drafter import ModelDrafter
@@ -20,7 +21,7 @@ from speculative_decoding.sampling import WISH, Filters, Sampler, choose
 from speculative_decoding.sequence import Sequence
 
 from perf.paged_shapes import Llama, write_llama
-from tests.decoding import Answer
+from tests.decoding import ADJUSTED, PENALTIES, Answer, check_adjusted_choices
 
 pytestmark = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not importlib.util.find_spec("cupy"),
@@ -81,6 +82,38 @@ def test_a_gpu_chooses_as_the_cpu_does(device: CudaDevice, vocabulary: int, dtyp
     assert np.array_equal(device.download(chosen), logits.argmax(-1))
 
 
+@pytest.mark.parametrize("vocabulary", [1000, 151936])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_gpu_adjusts_logits_as_the_cpu_does_to_the_last_bit(device: CudaDevice, vocabulary: int, dtype: type) -> None:
+    rng, width = np.random.default_rng(vocabulary), 17
+    rows: list[Adjustments | None] = [None]
+    for number in range(3 * len(ADJUSTED)):
+        options = GenerationOptions(**ADJUSTED[number % len(ADJUSTED)])
+        ends = frozenset(rng.integers(0, vocabulary, 9).tolist())
+        made = Sampler(options, rng.integers(0, vocabulary, 600).tolist(), ends)
+        made.commit(rng.integers(0, 50, number % 4).tolist())
+        rows.append(made.adjustments(rng.integers(0, 50, width - 1).tolist()))
+    together = Adjustments.together(rows, width)
+    entries, places = together.entries, together.places.reshape(-1)
+    logits = (3 * rng.standard_normal((len(places), vocabulary))).astype(dtype)
+    there, adjusted = device.zeros(logits.shape, dtype), device.zeros(logits.shape, np.float32)
+    device.upload(there, logits)
+    given = []
+    for values in (entries, places):
+        given.append(device.zeros((values.nbytes,), np.uint8))
+        device.upload(given[-1], values.view(np.uint8))
+    device.adjust(there, *given, adjusted)
+    expected = logits.astype(np.float32)
+    for row, place in zip(expected, places, strict=True):
+        adjust(row, entries, place)
+    assert not np.array_equal(expected, logits)
+    assert np.array_equal(device.download(adjusted), expected)
+
+
+def test_biased_penalized_and_too_early_tokens_are_chosen_on_the_gpu(folder: Path) -> None:
+    check_adjusted_choices(load(folder))
+
+
 def test_of_equal_logits_the_lower_token_comes_first(device: CudaDevice) -> None:
     wishes = np.zeros(300, WISH)
     for row in range(300):
@@ -135,8 +168,13 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 @pytest.mark.parametrize(
     "sampling",
-    [{}, {"temperature": 0.8, "top_p": 0.95}, {"temperature": 0.8, "repetition_penalty": 1.1, "logprobs": 2}],
-    ids=["greedy", "seeded", "penalized"],
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.95},
+        {"temperature": 0.8, "repetition_penalty": 1.1, "logprobs": 2},
+        {"temperature": 0.8, "logit_bias": ((3, 1.5),), **PENALTIES},
+    ],
+    ids=["greedy", "seeded", "penalized", "adjusted"],
 )
 def test_speculation_changes_no_token(engine: Engine, sampling: dict[str, float]) -> None:
     rng = np.random.default_rng(1)

@@ -21,7 +21,7 @@ from speculative_decoding.warm_up import measure_costs
 from transformers import PreTrainedModel
 
 from scripts.export_model import export_for_cuda
-from tests.decoding import Answer, decode_plainly
+from tests.decoding import PENALTIES, Answer, check_adjusted_choices, decode_plainly
 from tests.language_models import VOCABULARY, save_random
 from tests.paged_attention import decompose
 from tests.unit.conftest import Export
@@ -149,7 +149,15 @@ def test_least_recently_used_prefixes_go_first_and_slots_always_get_blocks(paged
 
 
 @pytest.mark.parametrize("speculation_length", [0, 4])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}], ids=["greedy", "seeded"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.8, "top_p": 0.95, "seed": 7},
+        {"temperature": 0.8, "seed": 7, "logit_bias": ((3, 1.5),), "min_tokens": 5, **PENALTIES},
+    ],
+    ids=["greedy", "seeded", "adjusted"],
+)
 def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     paged: tuple[PreTrainedModel, Path], speculation_length: int, sampling: dict[str, float]
 ) -> None:
@@ -175,6 +183,12 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     assert [answer.tokens for answer in answers] == expected
     for model in (target, draft):
         model.check_integrity()
+
+
+def test_biased_penalized_and_too_early_tokens_are_chosen_where_the_logits_are(
+    paged: tuple[PreTrainedModel, Path],
+) -> None:
+    check_adjusted_choices(load(paged[1]))
 
 
 class Dependent(PagedModel):
