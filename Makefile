@@ -62,5 +62,5 @@ lint: $(VENV)/.tools ## Check format, style and types
 	@$(VENV)/bin/mypy
 
 clean: ## Remove everything that make made
-	rm -rf $(VENV) .build .state .pytest_cache .mypy_cache .ruff_cache .hypothesis model_repository/embedder/1 model_repository/semantic_cache/1/tokenizer.json
+	rm -rf $(VENV) .build .state .pytest_cache .mypy_cache .ruff_cache .hypothesis model_repository/embedder/1 model_repository/pair_model/1 model_repository/semantic_cache/1/tokenizer.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

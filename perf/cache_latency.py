@@ -5,13 +5,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tritonclient import grpc
 
 from perf import cache_vectors
-from perf.prompt_pairs import load_pairs  # puts python_backends on the path
+from perf.prompt_pairs import load_pairs, make_verifier  # puts python_backends on the path
 from scripts.serving.installation import MODEL_REPOSITORY
 from scripts.serving.server import TritonServer
 
@@ -41,7 +42,10 @@ class Bench:
         self.late = 0  # lookups that the store did not answer within its deadline
         self._vectors: dict[str, Vector] = {}
         reads = GuardedReads(store, is_remote=not isinstance(store, SqliteStore))
-        self.cache = SemanticCache(POLICY, store, reads, self._embed, Verifier.load(), self._count_late)
+        self.caches = {
+            name: SemanticCache(POLICY, store, reads, self._embed, verifier, self._count_late)
+            for name, verifier in (("as served", make_verifier()), ("words alone", Verifier.load()))
+        }
 
     def fill(self) -> float:
         """Store all prompts, in few transactions, and read them into the index; return how long reading took, in s."""
@@ -56,27 +60,29 @@ class Bench:
         """Return the median time of finding a prompt by its bytes."""
         lookups = [self._lookup(prompt(number)) for number in self._sample(LOOKUPS)]
         late, found = self.late, []
-        median = median_ms(lookups, lambda lookup: found.append(self.cache.exact(lookup) is not None))
+        cache = self.caches["as served"]
+        median = median_ms(lookups, lambda lookup: found.append(cache.exact(lookup) is not None))
         assert sum(found) + self.late - late == len(lookups), "a stored prompt was not found"
         return median
 
-    def semantic_ms(self) -> tuple[float, float]:
+    def semantic_ms(self) -> tuple[dict[str, float], float]:
         """Return the median time of finding a rewording, without embedding it, and how often the index has the nearest.
 
-        The nearest of all, compared in fp32, must be the nearest of the candidates.
+        The time is that of the whole lookup as it is served, and where words alone decide. The nearest of all, compared
+        in fp32, must be the nearest of the candidates.
         """
         numbers = self._sample(LOOKUPS)
         vectors = cache_vectors.reworded(cache_vectors.some(self.entries, numbers))
         texts = [f"Please tell me {prompt(number).lower()}" for number in numbers]
         self._vectors.update(zip(texts, vectors, strict=True))
         lookups = [self._lookup(text) for text in texts]
-        median = median_ms(lookups, lambda lookup: self.cache.search([lookup]))
+        medians = {name: median_ms(lookups, partial(_search, cache)) for name, cache in self.caches.items()}
         found = 0
         for lookup, vector, number in zip(lookups, vectors, cache_vectors.nearest(self.entries, vectors), strict=True):
             candidates = self.store.nearest(lookup.key.partition, vector, CANDIDATES, time.time())
             best = max(candidates, key=lambda candidate, vector=vector: float(vector @ candidate.vector))
             found += best.prompt == prompt(number)
-        return median, found / len(lookups)
+        return medians, found / len(lookups)
 
     def _sample(self, count: int) -> list[int]:
         chosen = np.random.default_rng(2).choice(self.entries, min(count, self.entries), replace=False)
@@ -132,7 +138,7 @@ def triton_ms() -> dict[str, float]:
     pairs = [pair for pair in load_pairs("tune") if pair.label == "paraphrase"]
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder, "repository")
-        for model in ("embedder", "semantic_cache"):
+        for model in ("embedder", "pair_model", "semantic_cache"):
             shutil.copytree(MODEL_REPOSITORY / model, repository / model)
         shutil.copytree(EMPTY, repository / "empty")
         with (
@@ -153,6 +159,10 @@ def triton_ms() -> dict[str, float]:
                     client.infer(model, asked[at % len(asked)])
                     times[name].append((time.perf_counter() - started) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _search(cache: SemanticCache, lookup: Lookup) -> None:
+    cache.search([lookup])
 
 
 def median_ms(items: list[Lookup], act: Callable[[Lookup], object]) -> float:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from perf.prompt_pairs import Pair  # puts python_backends on the path
+from perf.prompt_pairs import Pair, make_verifier  # puts python_backends on the path
 
+from semantic_cache.cache import Judge  # isort: skip
 from semantic_cache.policy import VERIFIED_THRESHOLD  # isort: skip
 from semantic_cache.verifier.verifier import Verifier  # isort: skip
 
@@ -34,20 +35,24 @@ def threshold_curve(pairs: Sequence[Pair], cosines: Sequence[float]) -> dict[str
 
 def verified_curve(pairs: Sequence[Pair], cosines: Sequence[float]) -> list[Quality]:
     """Return the quality of ours at every least probability, from strict to lax."""
-    probabilities = _probabilities(pairs, cosines)
+    probabilities = _probabilities(make_verifier(), pairs, cosines)
     return [quality(pairs, probabilities >= least) for least in np.unique(probabilities[probabilities > 0])[::-1]]
 
 
-def verified(pairs: Sequence[Pair], cosines: Sequence[float]) -> Quality:
-    """Return the quality of ours as it is served."""
-    return quality(pairs, _probabilities(pairs, cosines) >= Verifier.load().threshold)
+def verified(pairs: Sequence[Pair], cosines: Sequence[float]) -> dict[str, Quality]:
+    """Return the quality of ours as it is served, and by words alone."""
+    judges = {"ours": (make_verifier(), 0.5), "words alone": (Verifier.load(), Verifier.load().threshold)}
+    return {
+        name: quality(pairs, _probabilities(judge, pairs, cosines) >= least) for name, (judge, least) in judges.items()
+    }
 
 
-def _probabilities(pairs: Sequence[Pair], cosines: Sequence[float]) -> NDArray[np.float64]:
-    verifier = Verifier.load()
+def _probabilities(judge: Judge, pairs: Sequence[Pair], cosines: Sequence[float]) -> NDArray[np.float64]:
     return np.array(
         [
-            verifier.judge(pair.second, pair.first, cosine).probability if cosine >= VERIFIED_THRESHOLD else 0.0
+            next(judge.verdicts(pair.second, [(pair.first, cosine)])).probability
+            if cosine >= VERIFIED_THRESHOLD
+            else 0.0
             for pair, cosine in zip(pairs, cosines, strict=True)
         ]
     )

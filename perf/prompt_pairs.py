@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,13 @@ from scripts.serving.installation import MODEL_REPOSITORY, PYTHON_BACKENDS
 sys.path.append(str(PYTHON_BACKENDS))
 
 from semantic_cache.embedder import Embedder, Tokens, Vector
+from semantic_cache.pair_model import PairModel
+from semantic_cache.policy import Policy
+from semantic_cache.verifier.pair_verifier import PairVerifier
+from semantic_cache.verifier.verifier import Verifier
 
 PAIRS = Path(__file__).parent / "data" / "prompt_pairs.jsonl"
+TOKENIZER = MODEL_REPOSITORY / "semantic_cache" / "1" / "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,30 @@ def load_pairs(split: str) -> list[Pair]:
 
 def make_embedder() -> Embedder:
     """Return the embedder of the built model repository, without a server."""
+    infer = _open("embedder")
+    return Embedder(TOKENIZER, lambda ids, mask: infer(input_ids=ids, attention_mask=mask))
+
+
+def make_verifier() -> PairVerifier:
+    """Return the verifier as it is served, with the pair model of the built model repository, without a server."""
+    return PairVerifier(Verifier.load(), make_pair_model(), Policy().pair_model)
+
+
+def make_pair_model() -> PairModel:
+    """Return the pair model of the built model repository, without a server."""
+    return PairModel(TOKENIZER, _open("pair_model"))
+
+
+def _open(model: str) -> Callable[..., Vector]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
-    session = onnxruntime.InferenceSession(str(MODEL_REPOSITORY / "embedder" / "1" / "model.onnx"), options)
+    session = onnxruntime.InferenceSession(str(MODEL_REPOSITORY / model / "1" / "model.onnx"), options)
 
-    def infer(input_ids: Tokens, attention_mask: Tokens) -> Vector:
-        [vectors] = session.run(["embedding"], {"input_ids": input_ids, "attention_mask": attention_mask})
-        found: Vector = vectors
+    def infer(**inputs: Tokens) -> Vector:
+        found: Vector = session.run(None, inputs)[0]
         return found
 
-    return Embedder(MODEL_REPOSITORY / "semantic_cache" / "1" / "tokenizer.json", infer)
+    return infer
 
 
 def embed_all(prompts: Sequence[str]) -> dict[str, Vector]:

@@ -6,7 +6,9 @@ was made from, the tokenizer is compared byte by byte.
 
 import hashlib
 import os
+import sys
 import time
+from collections.abc import Callable, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -16,9 +18,11 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 
-from scripts import sentence_encoder
+from scripts import bert_graph
+from scripts.pair_model.graph import ADAPTERS, pair_model
 from scripts.quantization import model_file, row_int8, smoothing
 from scripts.quantization.graph import random_feeds
+from scripts.sentence_encoder import sentence_encoder
 from scripts.serving.installation import MODEL_REPOSITORY
 from scripts.whole_file import write_whole
 
@@ -28,33 +32,42 @@ SAMPLES, LENGTH = 64, 16  # random tokens show the outlier channels as well as r
 
 def build(repository: Path = MODEL_REPOSITORY) -> None:
     """Build what is missing or out of date in `repository`, and print what is done."""
-    _build_embedder(repository / "embedder" / "1" / "model.onnx")
+    _build(repository / "embedder" / "1" / "model.onnx", lambda: sentence_encoder(ENCODER))
+    _build(repository / "pair_model" / "1" / "model.onnx", lambda: pair_model(ENCODER), ADAPTERS)
     _copy(ENCODER / "tokenizer.json", repository / "semantic_cache" / "1" / "tokenizer.json")
 
 
-def _build_embedder(path: Path) -> None:
-    recipe = _recipe()
+def _build(path: Path, make: Callable[[], onnx.ModelProto], *weights: Path) -> None:
+    """Quantize what `make` makes of the encoder's weights and those in other files."""
+    recipe = _recipe(weights)
     if _recorded_recipe(path) == recipe:
         _report(path, "is up to date")
         return
     _report(path, "reading the weights and measuring their channels ...")
     start = time.monotonic()
-    encoder = sentence_encoder.sentence_encoder(ENCODER)
-    encoder = smoothing.smooth(encoder, [random_feeds(encoder, SAMPLES, LENGTH)])
+    model = make()
+    model = smoothing.smooth(model, [random_feeds(model, SAMPLES, LENGTH)])
     _report(path, "quantizing to INT8 ...")
-    encoder = row_int8.quantize_rows(encoder, fuse_scales=True)
-    model_file.record(encoder, {"precision": "row-int8", "smoothed": True, "recipe": recipe})
-    onnxruntime.InferenceSession(encoder.SerializeToString())  # raises where the graph cannot be loaded
+    model = row_int8.quantize_rows(model, fuse_scales=True)
+    model_file.record(model, {"precision": "row-int8", "smoothed": True, "recipe": recipe})
+    onnxruntime.InferenceSession(model.SerializeToString())  # raises where the graph cannot be loaded
     path.parent.mkdir(parents=True, exist_ok=True)
-    model_file.save_model(encoder, path.parent)
+    model_file.save_model(model, path.parent)
     _report(path, f"{path.stat().st_size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
 
 
-def _recipe() -> str:
-    """Hash everything that the encoder is made from: weights, code, and the package that writes the file."""
-    sources = [Path(module.__file__ or "") for module in (row_int8, sentence_encoder, smoothing)]
+def _recipe(weights: Sequence[Path]) -> str:
+    """Hash everything that a model is made from: weights, code, and the package that writes the file."""
+    modules = (
+        bert_graph,
+        row_int8,
+        smoothing,
+        sys.modules[pair_model.__module__],
+        sys.modules[sentence_encoder.__module__],
+    )
+    sources = [Path(module.__file__ or "") for module in modules]
     digest = hashlib.sha256(metadata.version("onnx").encode())
-    for path in (ENCODER / "config.json", ENCODER / "model.safetensors", *sources):
+    for path in (ENCODER / "config.json", ENCODER / "model.safetensors", *weights, *sources):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 

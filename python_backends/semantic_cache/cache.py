@@ -4,7 +4,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,9 +27,9 @@ Report = Callable[[str, Exception], None]
 
 
 class Judge(Protocol):
-    """Says whether two prompts are the same question."""
+    """Says which of the stored prompts, given with their cosines, ask the same as a prompt, one after the other."""
 
-    def judge(self, first: str, second: str, similarity: float) -> Verdict: ...
+    def verdicts(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> Iterator[Verdict]: ...
 
 
 class Outcome(NamedTuple):
@@ -245,13 +245,9 @@ class SemanticCache:
         """Take the first, most similar first, that is similar enough and the same question."""
         started = time.perf_counter()
         best = hits[0].similarity
+        near = [hit for hit in hits if hit.similarity >= self._policy.similarity_threshold]
         refusals: list[str] = []
-        for hit in hits:
-            if hit.similarity < self._policy.similarity_threshold:
-                break
-            refusal = (
-                self._verifier and self._verifier.judge(lookup.prompt, hit.candidate.prompt, hit.similarity).refusal
-            )
+        for hit, refusal in zip(near, self._refusals(lookup.prompt, near), strict=False):
             if not refusal:
                 verify_ms = (time.perf_counter() - started) * 1e3
                 withheld = self._withhold(lookup, hit)
@@ -260,6 +256,13 @@ class SemanticCache:
             refusals.append(refusal)
         reason = "refused" if refusals else "below_threshold"
         return _Search(None, reason, best, tuple(refusals), (time.perf_counter() - started) * 1e3)
+
+    def _refusals(self, prompt: str, hits: Sequence[Hit]) -> Iterator[str | None]:
+        """Yield why each is not the same question, None where it is."""
+        if self._verifier is None:
+            return iter([None] * len(hits))
+        stored = [(hit.candidate.prompt, hit.similarity) for hit in hits]
+        return (verdict.refusal for verdict in self._verifier.verdicts(prompt, stored))
 
     def _withhold(self, lookup: Lookup, hit: Hit) -> str:
         """Return why a hit must not be served after all, empty when it may."""
@@ -289,11 +292,9 @@ class SemanticCache:
         if self._verifier is None:
             return False
         first, second = self._embed([one, other])
-        return (
-            first is not None
-            and second is not None
-            and not self._verifier.judge(one, other, float(first @ second)).refusal
-        )
+        if first is None or second is None:
+            return False
+        return not next(self._verifier.verdicts(one, [(other, float(first @ second))])).refusal
 
     def _is_young(self, found: Found, lookup: Lookup) -> bool:
         return lookup.max_age_s is None or self._clock() - found.created <= lookup.max_age_s

@@ -29,6 +29,7 @@ from semantic_cache.janitor import Janitor
 from semantic_cache.key import Keys
 from semantic_cache.metrics import Metrics
 from semantic_cache.opening import open_store
+from semantic_cache.pair_model import PairModel
 from semantic_cache.partition_index import GraphIndex
 from semantic_cache.policy import Policy
 from semantic_cache.records import Vector
@@ -38,6 +39,7 @@ from semantic_cache.shadow import ShadowChecks
 from semantic_cache.store import StoreError
 from semantic_cache.text_model import TextModel
 from semantic_cache.upstream import Upstream
+from semantic_cache.verifier.pair_verifier import PairVerifier
 from semantic_cache.verifier.verifier import Verifier
 
 TIDY_INTERVAL_S = 10.0
@@ -63,10 +65,9 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         self._policy = policy = Policy.from_parameters(parameters)
-        verifier = Verifier.load() if policy.verify else None
         tokenizer_file = Path(args["model_repository"], args["model_version"], "tokenizer.json")
-        embedder, _, version = policy.embedder.partition(":")
-        embed = Embedder(tokenizer_file, partial(_infer, embedder, int(version)))
+        embed = Embedder(tokenizer_file, partial(_embed, policy.embedder))
+        verifier = _verifier(policy, tokenizer_file)
         on_gpu, number = args["model_instance_kind"] == "GPU", int(args["model_instance_device_id"])
         make_index = partial(ExactIndex, device=number) if on_gpu else GraphIndex
         self._store, secret, is_remote = open_store(policy.store, make_index=make_index)
@@ -252,19 +253,35 @@ def _input(request: Any, name: str) -> bytes | None:
     return bytes(elements[0])
 
 
-def _infer(embedder: str, version: int, input_ids: Tokens, attention_mask: Tokens) -> Vector:
+def _verifier(policy: Policy, tokenizer_file: Path) -> Verifier | PairVerifier | None:
+    if not policy.verify:
+        return None
+    words = Verifier.load()
+    if not policy.pair_model:
+        return words
+    score = PairModel(tokenizer_file, partial(_infer, policy.pair_model, "logit"))
+    return PairVerifier(words, score, policy.pair_model)
+
+
+def _embed(model: str, input_ids: Tokens, attention_mask: Tokens) -> Vector:
+    vectors: Vector = _infer(model, "embedding", input_ids=input_ids, attention_mask=attention_mask)
+    return vectors
+
+
+def _infer(model: str, output: str, **inputs: Tokens) -> Any:
+    """Return what a model, given as name:version, makes of tokens."""
+    name, _, version = model.partition(":")
     request = pb_utils.InferenceRequest(
-        model_name=embedder,
-        model_version=version,
-        requested_output_names=["embedding"],
-        inputs=[pb_utils.Tensor("input_ids", input_ids), pb_utils.Tensor("attention_mask", attention_mask)],
+        model_name=name,
+        model_version=int(version),
+        requested_output_names=[output],
+        inputs=[pb_utils.Tensor(tensor, values) for tensor, values in inputs.items()],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU),
     )
     response = request.exec()
     if response.has_error():
         raise RuntimeError(response.error().message())
-    vectors: Vector = pb_utils.get_output_tensor_by_name(response, "embedding").as_numpy()
-    return vectors
+    return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
 
 
 def _respond(sender: Any, texts: dict[str, str], flags: int = 0) -> None:

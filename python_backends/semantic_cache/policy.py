@@ -21,6 +21,8 @@ class Policy:
     max_entries, max_bytes, eviction: what the store may hold, and what goes first (lru, lfu or cost).
     fronted_model: names the model, and its version, whose answers are stored: another name never sees them.
     embedder: Triton model that turns tokens into unit vectors, and its version.
+    pair_model: Triton model that says of two prompts' tokens whether they are the same request, and its version; empty:
+    with verify, words alone decide.
     store: SQLite file, postgresql:// URL or https:// endpoint of Azure Cosmos DB; empty: a file in the folder that
     INFERENCE_STATE_DIR names.
     upstream_model: Triton text model to ask on a miss; empty: the next step of the ensemble answers.
@@ -41,6 +43,7 @@ class Policy:
     eviction: str = "lru"
     fronted_model: str = "language_model:1"
     embedder: str = "embedder:1"
+    pair_model: str = "pair_model:1"
     store: str = ""
     upstream_model: str = ""
     upstream_url: str = "http://127.0.0.1:8000"
@@ -58,8 +61,9 @@ class Policy:
             _require(getattr(self, name) > 0, name, getattr(self, name), "a number above 0")
         _require(self.eviction in ORDERS, "eviction", self.eviction, f"one of {', '.join(ORDERS)}")
         _require(bool(self.fronted_model), "fronted_model", self.fronted_model, "a name such as language_model:1")
-        name, _, version = self.embedder.partition(":")
-        _require(bool(name) and version.isdecimal(), "embedder", self.embedder, "a name and version: embedder:1")
+        _require(_is_version(self.embedder), "embedder", self.embedder, "a name and version: embedder:1")
+        right = not self.pair_model or _is_version(self.pair_model)
+        _require(right, "pair_model", self.pair_model, "a name and version, as pair_model:1, or empty")
         for share in ("error_target", "shadow_share", "false_hit_budget"):
             _require(0 <= getattr(self, share) <= 1, share, getattr(self, share), "in [0, 1]")
         if not self.similarity_threshold:
@@ -73,6 +77,11 @@ class Policy:
         if unknown := sorted(settings.keys() - types.keys()):
             raise ValueError(f"unknown parameter {unknown[0]!r}; the semantic cache has {', '.join(types)}")
         return cls(**{name: _convert(name, text, types[name]) for name, text in settings.items()})
+
+
+def _is_version(model: str) -> bool:
+    name, _, version = model.partition(":")
+    return bool(name) and version.isdecimal()
 
 
 def _convert(name: str, text: str, wanted: type) -> Any:

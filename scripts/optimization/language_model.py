@@ -25,7 +25,7 @@ from scripts.serving.installation import MODEL_REPOSITORY
 from scripts.whole_file import write_whole
 
 MODEL, ENSEMBLE = "language_model", "generate"
-AROUND = ("embedder", "semantic_cache", ENSEMBLE)  # what a cached language model is served with
+AROUND = ("embedder", "pair_model", "semantic_cache", ENSEMBLE)  # what a cached language model is served with
 MOST_TOKENS = 96
 
 

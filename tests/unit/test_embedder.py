@@ -183,7 +183,7 @@ def test_what_is_up_to_date_is_left_alone(
     before = embedder_file.stat().st_mtime_ns
     build_repository.build(repository)
     assert embedder_file.stat().st_mtime_ns == before
-    assert capsys.readouterr().out.count("is up to date") == 2
+    assert capsys.readouterr().out.count("is up to date") == 3
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a model", None])

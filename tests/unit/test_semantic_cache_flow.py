@@ -1,7 +1,7 @@
 """The flow: exact, then by meaning, else a miss; with a real store and index and made-up meanings."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,12 @@ class Refusing:
     def __init__(self, *words: str) -> None:
         self.words = words
 
-    def judge(self, first: str, second: str, similarity: float) -> Verdict:
-        if "broken" in first:
+    def verdicts(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> Iterator[Verdict]:
+        if "broken" in prompt:
             raise ValueError("the verifier is broken")
-        refused = any(word in (first + second).split() for word in self.words)
-        return Verdict("word" if refused else None, similarity)
+        for stored, similarity in candidates:
+            refused = any(word in (prompt + stored).split() for word in self.words)
+            yield Verdict("word" if refused else None, similarity)
 
 
 class Bench:

@@ -34,6 +34,22 @@ def compare(first: Reading, second: Reading, similarity: float) -> Comparison:
     return Comparison(_refusal(first, second, alignment), _figures(first, second, alignment, similarity))
 
 
+def is_verbatim(first: Reading, second: Reading) -> bool:
+    """Whether two prompts ask in the same words, each with the same preposition, whatever surrounds them."""
+    alignment = align(first, second)
+    same = all(
+        first.words[i].forms & second.words[j].forms and first.words[i].marker == second.words[j].marker
+        for i, j in alignment.pairs
+    )
+    return same and first.kind == second.kind and not (alignment.left or alignment.right)
+
+
+def differ_in_case(first: Reading, second: Reading) -> bool:
+    """Whether a literal of one is a literal of the other but for the case of its letters."""
+    one, other = ({word.text for word in reading.words if word.kind == "literal"} for reading in (first, second))
+    return bool({text.lower() for text in one - other} & {text.lower() for text in other - one})
+
+
 def _refusal(first: Reading, second: Reading, alignment: Alignment) -> str | None:
     loose = [*(first.words[i] for i in alignment.left), *(second.words[j] for j in alignment.right)]
     for kind in ("literal", "number", "unit", "date", "name"):

@@ -17,6 +17,12 @@ POLITE = re.compile(
     r"|(?:i would like|i want|i need|i wish|we would like|we want|we need) to (?=\w)"
     r"|(?:i would like|i want|i need|i am looking for|we need|we want) (?:you to )?(?=an? |the |some |\w)"
 )
+GREETING = re.compile(
+    r"\s*(?:(?:hi|hello|hey)(?: there| all| everyone)?|good (?:morning|afternoon|evening)|(?:quick|simple) question"
+    r"|(?:i have|i've got) a (?:quick )?question|(?:can|could) (?:you|someone|anyone) (?:please )?help(?: me)?"
+    r"|just wondering)\s*[,.!?:]+\s*",
+    re.IGNORECASE,
+)
 ENDING = re.compile(r"[ ,]*\b(?:please|thanks|thank you|for me)[ .!?]*$")
 STEPS = r"(?:best |right |correct |proper |easiest |simplest )?"
 FRAMES = tuple(
@@ -87,6 +93,14 @@ class Frame(NamedTuple):
 
     kind: str
     about: str
+
+
+def without_greeting(prompt: str) -> str:
+    """Return a prompt without what is said before anything is asked; one that is nothing else stays as it is."""
+    rest = prompt
+    while match := GREETING.match(rest):
+        rest = rest[match.end() :]
+    return rest or prompt
 
 
 def strip_frame(sentence: str) -> Frame:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from semantic_cache.verifier.forms import NUMBERS, base_forms
-from semantic_cache.verifier.frames import strip_frame
+from semantic_cache.verifier.frames import strip_frame, without_greeting
 from semantic_cache.verifier.lexicon import Groups, Lexicon, default_lexicon, word_class
 
 LITERALS = re.compile(
@@ -117,7 +117,7 @@ class Reading:
 @lru_cache(8192)
 def read(prompt: str) -> Reading:
     """Read a prompt. Any text is read; what is not English comes out as plain words."""
-    return _Reader(default_lexicon()).read(prompt)
+    return _Reader(default_lexicon()).read(without_greeting(prompt))
 
 
 class _Reader:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -55,3 +55,8 @@ class Verifier:
             return Verdict(refusal, 0.0)
         probability = 1 / (1 + math.exp(-self.bias - sum(w * x for w, x in zip(self.weights, figures, strict=True))))
         return Verdict(None if probability >= self.threshold else "unlike", probability)
+
+    def verdicts(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> Iterator[Verdict]:
+        """Judge stored prompts with their cosines, one after the other."""
+        for stored, similarity in candidates:
+            yield self.judge(prompt, stored, similarity)

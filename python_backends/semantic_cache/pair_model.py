@@ -1,0 +1,46 @@
+"""Two prompts to how alike they are as requests: tokens of both, through a cross-encoder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+LENGTHS = (32, 48, 64, 96, 128, 256, 512)  # in tokens of both prompts: equal shapes share a batch
+
+
+class PairModel:
+    """Callable: (prompt, prompt) -> logit, above 0 where they are rather the same request.
+
+    None for a pair of more than 512 tokens: prompts that are read in part may differ in the rest.
+    """
+
+    def __init__(self, tokenizer_file: Path, infer: Callable[..., npt.NDArray[np.float32]]) -> None:
+        """`infer` maps input_ids, attention_mask and token_type_ids [1, length] to a logit [1, 1].
+
+        Raises FileNotFoundError when there is no tokenizer.
+        """
+        if not tokenizer_file.exists():
+            raise FileNotFoundError(f"{tokenizer_file} is missing: build the model repository with `make models`")
+        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._infer = infer
+
+    def __call__(self, first: str, second: str) -> float | None:
+        """Score a pair. Raises what the model raises, ValueError for nonsense."""
+        encoding = self._tokenizer.encode(first, second)
+        length = next((length for length in LENGTHS if len(encoding.ids) <= length), None)
+        if length is None:
+            return None
+        encoding.pad(length)
+        given = {
+            "input_ids": encoding.ids,
+            "attention_mask": encoding.attention_mask,
+            "token_type_ids": encoding.type_ids,
+        }
+        logits = self._infer(**{name: np.array([values], np.int64) for name, values in given.items()})
+        if logits.shape != (1, 1) or not np.isfinite(logits).all():
+            raise ValueError(f"the pair model gave no finite logit (shape {list(logits.shape)})")
+        return float(logits[0, 0])

@@ -1,0 +1,1 @@
+"""The pair model: does a perfect answer to one prompt answer another perfectly, too?"""
