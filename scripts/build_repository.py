@@ -6,9 +6,9 @@ was made from, the tokenizer is compared byte by byte.
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -18,11 +18,10 @@ import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
 
-from scripts import bert_graph
-from scripts.pair_model.graph import ADAPTERS, pair_model
+from scripts import bert_graph, sentence_encoder
+from scripts.pair_model import graph
 from scripts.quantization import model_file, row_int8, smoothing
 from scripts.quantization.graph import random_feeds
-from scripts.sentence_encoder import sentence_encoder
 from scripts.serving.installation import MODEL_REPOSITORY
 from scripts.whole_file import write_whole
 
@@ -32,8 +31,8 @@ SAMPLES, LENGTH = 64, 16  # random tokens show the outlier channels as well as r
 
 def build(repository: Path = MODEL_REPOSITORY) -> None:
     """Build what is missing or out of date in `repository`, and print what is done."""
-    _build(repository / "embedder" / "1" / "model.onnx", lambda: sentence_encoder(ENCODER))
-    _build(repository / "pair_model" / "1" / "model.onnx", lambda: pair_model(ENCODER), ADAPTERS)
+    _build(repository / "embedder" / "1" / "model.onnx", lambda: sentence_encoder.sentence_encoder(ENCODER))
+    _build(repository / "pair_model" / "1" / "model.onnx", lambda: graph.pair_model(ENCODER), graph.ADAPTERS)
     _copy(ENCODER / "tokenizer.json", repository / "semantic_cache" / "1" / "tokenizer.json")
 
 
@@ -58,18 +57,17 @@ def _build(path: Path, make: Callable[[], onnx.ModelProto], *weights: Path) -> N
 
 def _recipe(weights: Sequence[Path]) -> str:
     """Hash everything that a model is made from: weights, code, and the package that writes the file."""
-    modules = (
-        bert_graph,
-        row_int8,
-        smoothing,
-        sys.modules[pair_model.__module__],
-        sys.modules[sentence_encoder.__module__],
-    )
+    modules = (bert_graph, graph, row_int8, sentence_encoder, smoothing)
     sources = [Path(module.__file__ or "") for module in modules]
     digest = hashlib.sha256(metadata.version("onnx").encode())
     for path in (ENCODER / "config.json", ENCODER / "model.safetensors", *weights, *sources):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(_digest(path))
     return digest.hexdigest()
+
+
+@cache
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _recorded_recipe(path: Path) -> str | None:

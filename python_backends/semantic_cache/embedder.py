@@ -26,11 +26,8 @@ class Embedder:
 
         Raises FileNotFoundError when there is no tokenizer.
         """
-        if not tokenizer_file.exists():
-            raise FileNotFoundError(f"{tokenizer_file} is missing: build the model repository with `make models`")
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self._tokenizer = open_tokenizer(tokenizer_file)
         self._tokenizer.enable_truncation(LENGTHS[-1])
-        self._tokenizer.no_padding()
         self._infer = infer
 
     def __call__(self, prompts: Sequence[str]) -> list[Vector | None]:
@@ -57,6 +54,16 @@ class Embedder:
         if vectors.ndim != 2 or not np.isfinite(vectors).all():
             raise ValueError(f"the embedder gave no finite vector per prompt (shape {list(vectors.shape)})")
         return vectors
+
+
+def open_tokenizer(file: Path) -> Tokenizer:
+    """Read a tokenizer that neither truncates nor pads. Raises FileNotFoundError when there is none."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: build the model repository with `make models`")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _padded(tokens: int) -> int:

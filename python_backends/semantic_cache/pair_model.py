@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+
+from semantic_cache.embedder import open_tokenizer
 
 LENGTHS = (32, 48, 64, 96, 128, 256, 512)  # in tokens of both prompts: equal shapes share a batch
 
@@ -21,11 +22,7 @@ class PairModel:
 
         Raises FileNotFoundError when there is no tokenizer.
         """
-        if not tokenizer_file.exists():
-            raise FileNotFoundError(f"{tokenizer_file} is missing: build the model repository with `make models`")
-        self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(tokenizer_file)
         self._infer = infer
 
     def __call__(self, first: str, second: str) -> float | None:

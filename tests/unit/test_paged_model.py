@@ -14,7 +14,7 @@ from speculative_decoding.options import GenerationOptions
 from speculative_decoding.paged_call import KEPT_WIDTH
 from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_logits import PagedLogits
-from speculative_decoding.paged_model import WIDTHS, PagedModel
+from speculative_decoding.paged_model import CHUNKS, WIDTHS, PagedModel
 from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.warm_up import measure_costs
@@ -183,6 +183,15 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     assert [answer.tokens for answer in answers] == expected
     for model in (target, draft):
         model.check_integrity()
+
+
+def test_a_model_whose_rows_are_independent_is_fed_as_much_as_there_is_room_for(
+    paged: tuple[PreTrainedModel, Path],
+) -> None:
+    model = load(paged[1])
+    longest = max(width for width in CHUNKS if width + KEPT_WIDTH <= model.context_length)
+    assert limit_tokens(model)
+    assert model.most_tokens == max(SLOTS * KEPT_WIDTH, longest) > min(CHUNKS)
 
 
 def test_biased_penalized_and_too_early_tokens_are_chosen_where_the_logits_are(

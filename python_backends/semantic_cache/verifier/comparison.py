@@ -22,21 +22,28 @@ FIGURES = (
 
 
 class Comparison(NamedTuple):
-    """`refusal`: why they cannot be the same, or None. `figures`: one per name in FIGURES."""
+    """`refusal`: why they cannot be the same, or None. `figures`: one per name in FIGURES.
+
+    `is_settled`: whether words have the last word: both say the same ones, or literals differ in nothing but case.
+    """
 
     refusal: str | None
     figures: tuple[float, ...]
+    is_settled: bool
 
 
 def compare(first: Reading, second: Reading, similarity: float) -> Comparison:
     """Compare two readings; `similarity` is the cosine of the prompts' vectors."""
     alignment = align(first, second)
-    return Comparison(_refusal(first, second, alignment), _figures(first, second, alignment, similarity))
+    refusal = _refusal(first, second, alignment)
+    is_settled = (refusal is None and _is_verbatim(first, second, alignment)) or (
+        refusal == "literal" and _differ_in_case(first, second)
+    )
+    return Comparison(refusal, _figures(first, second, alignment, similarity), is_settled)
 
 
-def is_verbatim(first: Reading, second: Reading) -> bool:
+def _is_verbatim(first: Reading, second: Reading, alignment: Alignment) -> bool:
     """Whether two prompts ask in the same words, each with the same preposition, whatever surrounds them."""
-    alignment = align(first, second)
     same = all(
         first.words[i].forms & second.words[j].forms and first.words[i].marker == second.words[j].marker
         for i, j in alignment.pairs
@@ -44,7 +51,7 @@ def is_verbatim(first: Reading, second: Reading) -> bool:
     return same and first.kind == second.kind and not (alignment.left or alignment.right)
 
 
-def differ_in_case(first: Reading, second: Reading) -> bool:
+def _differ_in_case(first: Reading, second: Reading) -> bool:
     """Whether a literal of one is a literal of the other but for the case of its letters."""
     one, other = ({word.text for word in reading.words if word.kind == "literal"} for reading in (first, second))
     return bool({text.lower() for text in one - other} & {text.lower() for text in other - one})

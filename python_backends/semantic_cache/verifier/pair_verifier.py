@@ -7,8 +7,6 @@ asked where the words are the same, may object where they are said to ask the sa
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from semantic_cache.verifier.comparison import differ_in_case, is_verbatim
-from semantic_cache.verifier.reading import read
 from semantic_cache.verifier.verifier import Verdict, Verifier
 
 # The least logits to serve. With these 2.3% of near misses in groups that the model was not trained on, which are as
@@ -35,12 +33,7 @@ class PairVerifier:
         """
         for stored, similarity in candidates[:MOST_ASKED]:
             words = self._words.judge(prompt, stored, similarity)
-            yield words if self._is_settled(words, prompt, stored) else self._weighed(words, prompt, stored)
-
-    def _is_settled(self, words: Verdict, prompt: str, stored: str) -> bool:
-        if words.refusal is None:
-            return is_verbatim(read(prompt), read(stored))
-        return words.refusal == "literal" and differ_in_case(read(prompt), read(stored))  # which the model does not see
+            yield words if words.is_settled else self._weighed(words, prompt, stored)
 
     def _weighed(self, words: Verdict, prompt: str, stored: str) -> Verdict:
         logit = self._score(prompt, stored)

@@ -15,10 +15,14 @@ MOST_CHARACTERS = 8000  # of a prompt that is read: beyond, two prompts are not 
 
 
 class Verdict(NamedTuple):
-    """`refusal`: why it is not the same question, None if it is. `probability`: that it is, 0 where a rule refused."""
+    """`refusal`: why it is not the same question, None if it is. `probability`: that it is, 0 where a rule refused.
+
+    `is_settled`: whether nothing but the words is to be asked.
+    """
 
     refusal: str | None
     probability: float
+    is_settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +54,13 @@ class Verifier:
         """Judge two prompts whose vectors have the cosine `similarity`."""
         if max(len(first), len(second)) > MOST_CHARACTERS:
             return Verdict("long", 0.0)
-        refusal, figures = compare(read(first), read(second), similarity)
+        refusal, figures, is_settled = compare(read(first), read(second), similarity)
         if refusal:
-            return Verdict(refusal, 0.0)
+            return Verdict(refusal, 0.0, is_settled)
         probability = 1 / (1 + math.exp(-self.bias - sum(w * x for w, x in zip(self.weights, figures, strict=True))))
-        return Verdict(None if probability >= self.threshold else "unlike", probability)
+        if probability < self.threshold:
+            return Verdict("unlike", probability)
+        return Verdict(None, probability, is_settled)
 
     def verdicts(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> Iterator[Verdict]:
         """Judge stored prompts with their cosines, one after the other."""
