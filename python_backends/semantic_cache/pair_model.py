@@ -14,7 +14,7 @@ LENGTHS = (32, 48, 64, 96, 128, 256, 512)  # in tokens of both prompts: equal sh
 class PairModel:
     """Callable: (prompt, prompt) -> logit, above 0 where they are rather the same request.
 
-    None for a pair of more than 512 tokens: prompts that are read in part may differ in the rest.
+    None for a pair of more than 512 tokens, or with a word that has none: what would not be read may differ.
     """
 
     def __init__(self, tokenizer_file: Path, infer: Callable[..., npt.NDArray[np.float32]]) -> None:
@@ -23,13 +23,14 @@ class PairModel:
         Raises FileNotFoundError when there is no tokenizer.
         """
         self._tokenizer = open_tokenizer(tokenizer_file)
+        self._unknown = self._tokenizer.token_to_id("[UNK]")
         self._infer = infer
 
     def __call__(self, first: str, second: str) -> float | None:
         """Score a pair. Raises what the model raises, ValueError for nonsense."""
         encoding = self._tokenizer.encode(first, second)
         length = next((length for length in LENGTHS if len(encoding.ids) <= length), None)
-        if length is None:
+        if length is None or self._unknown in encoding.ids:
             return None
         encoding.pad(length)
         given = {

@@ -54,6 +54,12 @@ def test_a_pair_is_padded_to_one_of_few_lengths_and_no_longer_pair_is_read() -> 
     assert len(shapes) == 2
 
 
+def test_what_the_model_cannot_read_has_no_score() -> None:
+    score = PairModel(TOKENIZER, lambda **_: pytest.fail("asked"))
+    assert score(f"decode {'ab' * 60}", "decode it") is None  # a word too long for its vocabulary
+    assert score("what does it mean", "what does \U0001f9ff mean") is None
+
+
 @pytest.mark.parametrize("logits", [np.array([[np.nan]]), np.zeros((1, 2)), np.zeros(1)])
 def test_nonsense_from_the_model_is_an_error(logits: np.ndarray) -> None:
     with pytest.raises(ValueError, match="no finite logit"):

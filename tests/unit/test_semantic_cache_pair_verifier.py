@@ -2,7 +2,7 @@
 
 import pytest
 from semantic_cache.verifier.pair_verifier import AGREED, MOST_ASKED, REFUSED, PairVerifier
-from semantic_cache.verifier.verifier import Verifier
+from semantic_cache.verifier.verifier import MOST_CHARACTERS, Verifier
 
 from perf.prompt_pairs import make_verifier
 
@@ -55,6 +55,12 @@ def test_literals_that_differ_in_case_are_refused_whatever_the_model_says() -> N
     verifier = PairVerifier(Verifier.load(), score, "pair_model:1")
     [verdict] = verifier.verdicts("What does ls -r do?", [("Tell me what ls -R does", 0.99)])
     assert verdict.refusal == "literal"
+    assert not score.asked
+
+
+def test_prompts_too_long_for_the_words_are_not_the_models_business_either() -> None:
+    score = Score(9.0)
+    assert judge(score, "a" * (MOST_CHARACTERS + 1)) == ["long"]
     assert not score.asked
 
 

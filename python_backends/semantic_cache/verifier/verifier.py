@@ -53,7 +53,7 @@ class Verifier:
     def judge(self, first: str, second: str, similarity: float) -> Verdict:
         """Judge two prompts whose vectors have the cosine `similarity`."""
         if max(len(first), len(second)) > MOST_CHARACTERS:
-            return Verdict("long", 0.0)
+            return Verdict("long", 0.0, is_settled=True)
         refusal, figures, is_settled = compare(read(first), read(second), similarity)
         if refusal:
             return Verdict(refusal, 0.0, is_settled)
