@@ -93,3 +93,28 @@ def check_adjusted_choices(model: PagedModel, rows: int = 4, width: int = 5) -> 
                 sequence.sampler.choose(logits[row, place], rows_drafted[row][:place]) for place in range(counts[row])
             ]
             assert chosen[row] is not None and chosen[row][: counts[row]] == expected
+
+
+def check_prefixes_come_back_from_the_host(model: PagedModel, block_tokens: int, blocks: int = 2) -> None:
+    """Have more prompts seen than fit on the device, and the first ones again: what follows them must be the same.
+
+    The model has room for one prompt's prefix, of so many blocks, and its host for three.
+    """
+    rng, length = np.random.default_rng(0), blocks * block_tokens + 1
+    prompts = rng.integers(0, model.shape.vocabulary, (4, length + 2))
+    found: list[list[bytes]] = []
+    for turn in range(3):
+        found.append([])
+        for prompt in prompts:
+            known = model.reuse(0, "tenant", prompt.tolist())
+            assert known == (length - 1 if turn else 0)
+            if not turn:
+                model.forward(0, prompt[None, : length - 1], np.array([length - 1], np.int32))
+                model.keep(0, "tenant", prompt[: length - 1].tolist())
+            logits = model.forward(0, prompt[None, length - 1 :], np.array([3], np.int32))
+            found[-1].append(logits.copy().tobytes())
+            model.prefixes.check_integrity()
+    assert found[0] == found[1] == found[2]
+    seen = model.prefixes.snapshot()
+    assert (seen.blocks, seen.tier_blocks) == (blocks, 3 * blocks)
+    assert seen.counters.tier_hits == 8 * blocks

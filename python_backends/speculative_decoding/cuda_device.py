@@ -66,6 +66,22 @@ class CudaDevice(Device):
         with self._device, self._stream:
             array[:, destination] = array[:, source]
 
+    def page_locked(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        try:
+            memory = self._cupy.cuda.alloc_pinned_memory(size)
+        except (MemoryError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
+            raise OutOfDeviceMemoryError(f"{size} bytes of the host's memory cannot be page-locked: {error}") from error
+        return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
+
+    def save(self, array: Array, column: int, host: NDArray[Any]) -> None:
+        for plane, there in zip(array, host, strict=True):
+            self._move(there.ctypes.data, self.address(plane[column]), there.nbytes, "memcpyDeviceToHost")
+
+    def load(self, array: Array, column: int, host: NDArray[Any]) -> None:
+        for plane, there in zip(array, host, strict=True):
+            self._move(self.address(plane[column]), there.ctypes.data, there.nbytes, "memcpyHostToDevice")
+
     def argmax(self, logits: Array, chosen: Array) -> None:
         self._launch("argmax", logits, len(logits), THREADS, (logits, chosen, np.int32(logits.shape[1])))
 
@@ -91,6 +107,11 @@ class CudaDevice(Device):
         options.add_run_config_entry("gpu_graph_id", "-1" if graph is None else str(graph))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
+
+    def _move(self, destination: int, source: int, size: int, kind: str) -> None:
+        runtime = self._cupy.cuda.runtime
+        with self._device:
+            runtime.memcpyAsync(destination, source, size, getattr(runtime, kind), self._stream.ptr)
 
     def _launch(self, name: str, logits: Array | None, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
         """Queue a kernel, made for the type that the logits have."""

@@ -53,12 +53,15 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """Sequences at once, the processor's threads and whether they spin, and bytes on the GPU for kept prefixes."""
+    """Sequences at once, the processor's threads and whether they spin, and bytes for prefixes kept on the GPU and,
+    pushed out of it, in the host's memory.
+    """
 
     slots: int
     threads: int
     spinning: bool
     cached_bytes: int = 0
+    tier_bytes: int = 0
 
 
 def shares(budget: int, folders: list[Path]) -> list[int]:
@@ -77,4 +80,4 @@ def load_decoder(folder: Path, settings: DecoderSettings, provider: Provider) ->
     if not is_paged and provider[0] == "CUDAExecutionProvider":
         raise ValueError(f"{folder} is for CPUs: export it with --device cuda, or set instance_group to KIND_CPU")
     given = folder, settings.slots, settings.threads, settings.spinning, provider
-    return PagedModel(*given, settings.cached_bytes) if is_paged else LanguageModel(*given)
+    return PagedModel(*given, settings.cached_bytes, settings.tier_bytes) if is_paged else LanguageModel(*given)

@@ -50,6 +50,18 @@ class Device(ABC):
         """Copy array[:, source] to array[:, destination]."""
 
     @abstractmethod
+    def page_locked(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return memory of the host for `save` and `load`. Raises OutOfDeviceMemoryError."""
+
+    @abstractmethod
+    def save(self, array: Array, column: int, host: NDArray[Any]) -> None:
+        """Queue a copy of array[:, column] to `host`, page-locked and of its shape."""
+
+    @abstractmethod
+    def load(self, array: Array, column: int, host: NDArray[Any]) -> None:
+        """Queue a copy of `host` to array[:, column]."""
+
+    @abstractmethod
     def argmax(self, logits: Array, chosen: Array) -> None:
         """Write each row's likeliest column to `chosen` int32 [rows], the lowest of equals."""
 
@@ -106,6 +118,15 @@ class HostDevice(Device):
 
     def copy(self, array: Array, source: int, destination: int) -> None:
         array[:, destination] = array[:, source]
+
+    def page_locked(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        return np.zeros(shape, dtype)
+
+    def save(self, array: Array, column: int, host: NDArray[Any]) -> None:
+        host[...] = array[:, column]
+
+    def load(self, array: Array, column: int, host: NDArray[Any]) -> None:
+        array[:, column] = host
 
     def argmax(self, logits: Array, chosen: Array) -> None:
         chosen[...] = logits.argmax(-1)

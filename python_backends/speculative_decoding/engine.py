@@ -12,9 +12,9 @@ from speculative_decoding.decoder import Decoder, Logits
 from speculative_decoding.departures import Departures
 from speculative_decoding.drafter import Drafter
 from speculative_decoding.engine_statistics import Statistics
-from speculative_decoding.kv_cache import KVCache
 from speculative_decoding.logprobs import token_logprobs
 from speculative_decoding.prefill import Prefill
+from speculative_decoding.prefix_cache import PrefixCache
 from speculative_decoding.prefix_reuse import prefix_reuse
 from speculative_decoding.scheduler import Scheduler
 from speculative_decoding.sequence import FinishReason, Sequence
@@ -46,7 +46,7 @@ class Engine:
         max_waiting: int,
         costs: StepCosts | None = None,
         kv_tokens: int | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: PrefixCache | None = None,
     ) -> None:
         """speculation_length: drafted tokens at most, unless a request says otherwise; without `costs` never fewer.
 

@@ -21,11 +21,9 @@ from speculative_decoding.kv_memory import (
     tier_memory,
 )
 from speculative_decoding.kv_metrics import KVCacheCounters, KVCacheMetrics
-from speculative_decoding.pins import Pins
+from speculative_decoding.pins import PINNED_SHARE, Pins
 from speculative_decoding.prefix_tree import Node, PrefixTree
 from speculative_decoding.residency import Residency
-
-PINNED_SHARE = 0.5  # of the pool at most: open sessions must not keep all others' prefixes out
 
 
 @dataclass(eq=False)
@@ -64,7 +62,7 @@ class KVCache:
         self._tick = 0
         self._prefixes: set[Prefix] = set()
         capacity = pages * (QUARTERS if settings.int8 else 1)
-        self._pins = Pins(int(capacity * PINNED_SHARE), self._unpinned)
+        self._pins: Pins[Node] = Pins(int(capacity * PINNED_SHARE), self._unpinned)
 
     def match(self, tenant: str, tokens: Sequence[int]) -> Prefix:
         """Return the longest known prefix of a prompt, short of its last token, whose logits are wanted.

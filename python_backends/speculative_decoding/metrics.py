@@ -10,7 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from speculative_decoding.engine import Engine
 from speculative_decoding.engine_statistics import INTER_TOKEN_BUCKETS_S, Statistics
-from speculative_decoding.kv_cache import KVCache
+from speculative_decoding.prefix_cache import PrefixCache
 from speculative_decoding.reuse_metrics import ReuseMetrics
 from speculative_decoding.sequence import FinishReason, Sequence
 from speculative_decoding.sessions import Sessions
@@ -42,7 +42,7 @@ class Metrics:
         engine: Engine,
         bytes_per_token: int,
         rows_are_independent: bool,
-        kv_cache: KVCache | None,
+        kv_cache: PrefixCache | None,
         sessions: Sessions,
     ) -> None:
         self._model = model

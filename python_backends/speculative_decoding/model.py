@@ -23,7 +23,7 @@ from speculative_decoding.metrics import Metrics
 from speculative_decoding.options import GenerationOptions
 from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import PagedModel
-from speculative_decoding.prefix_reuse import open_kv_cache
+from speculative_decoding.prefix_reuse import open_prefix_cache
 from speculative_decoding.replay import pieces
 from speculative_decoding.reply import TritonReply, decode_answers
 from speculative_decoding.request import Cached, GenerationRequest
@@ -65,7 +65,7 @@ class TritonPythonModel:
         if not self._is_exact:
             pb_utils.Logger.log_warn(NOT_INDEPENDENT.format(model=args["model_name"]))
         reuse, name = self._settings.reuse, args["model_name"]
-        kv_cache = open_kv_cache(target, draft, None if isinstance(target, PagedModel) else reuse.kv_cache(name))
+        kv_cache = open_prefix_cache(target, draft, reuse, name)
         longest, kv_bytes = self._settings.speculation_length, self._settings.kv_bytes
         drafter = ModelDrafter(draft, loops={longest // 2, longest} - {0, 1}) if draft else None
         self._engine = Engine(
@@ -112,15 +112,15 @@ class TritonPythonModel:
     def _load(self, folder: Path, provider: Provider) -> tuple[Decoder, Decoder | None]:
         settings, free = self._settings, device_of(provider).free_bytes()
         folders = [path for path in (folder / "target", folder / "draft") if path.is_dir()]
-        budget = 0 if free is None else settings.reuse.device_bytes(free)
-        cached = shares(budget, folders)
+        budget, tier = (0, 0) if free is None else settings.reuse.device_bytes(free)
+        cached, tiers = shares(budget, folders), shares(tier, folders)
         slots = settings.max_sequences
-        target = load_decoder(folders[0], DecoderSettings(slots, settings.threads, True, cached[0]), provider)
+        target = load_decoder(folders[0], DecoderSettings(slots, settings.threads, True, cached[0], tiers[0]), provider)
         if len(folders) == 1:
             return target, None
         require_same_vocabulary(self._tokenizer, Tokenizer(folders[1], "raw"))
         # One thread, the engine's own: more would fight with the target's for the same cores.
-        draft = load_decoder(folders[1], DecoderSettings(slots, 1, False, cached[1]), provider)
+        draft = load_decoder(folders[1], DecoderSettings(slots, 1, False, cached[1], tiers[1]), provider)
         require_draft_fits(target.shape, draft.shape)
         return target, draft
 

@@ -15,6 +15,7 @@ from speculative_decoding.adjustments import ENTRY, PLACE
 from speculative_decoding.cuda_device import device_of
 from speculative_decoding.device import OutOfDeviceMemoryError
 from speculative_decoding.execution_provider import CPU, Provider
+from speculative_decoding.host_tier import HostTier
 from speculative_decoding.language_model import Counts, DecoderShape, Tokens, session_options
 from speculative_decoding.options import MAX_BIASES, MAX_SPECULATION_LENGTH, MAX_STOPS
 from speculative_decoding.paged_blocks import SCRATCH, BlockAllocator
@@ -53,12 +54,14 @@ class PagedModel:
         spinning: bool,
         provider: Provider = CPU,
         cached_bytes: int = 0,
+        tier_bytes: int = 0,
         block_tokens: int = BLOCK_TOKENS,
     ) -> None:
         """Load `folder` (scripts.export_model --device cuda) with room for `slots` sequences.
 
-        cached_bytes: memory for prefixes that no slot has. Raises ValueError when the graph is not of the expected
-        form, OutOfDeviceMemoryError (a ValueError too) when it does not fit.
+        cached_bytes: memory for prefixes that no slot has; tier_bytes: the host's, for those pushed out of it.
+        Raises ValueError when the graph is not of the expected form, OutOfDeviceMemoryError (a ValueError too) when it
+        does not fit.
         """
         self.shape = DecoderShape.load(folder)
         self.lengths: Counts = np.zeros(slots, np.int32)
@@ -77,13 +80,13 @@ class PagedModel:
             )
         self._session = self._open(threads, spinning)
         cached = cached_bytes // self.block_bytes
-        self._prefixes = PagedPrefixes(block_tokens, cached)
         blocks = 1 + slots * self._columns + cached
-        self._allocator = self._prefixes.allocator = BlockAllocator(blocks, self._prefixes.evict)
         self._tables: list[list[int]] = [[] for _ in range(slots)]
         try:
             size = (blocks, block_tokens, self.shape.kv_heads, self.shape.head_size)
             self._memory = self._device.zeros((self.shape.key_values.planes, *size), self._element)
+            in_tier = tier_bytes // self.block_bytes if cached else 0
+            tier = HostTier(self._device, self._memory, in_tier) if in_tier else None
             most, longest = slots * KEPT_WIDTH, MAX_SPECULATION_LENGTH
             wishes = max(most, longest * slots * LEAST_WIDTH) * WISH.itemsize
             self._results = Results(
@@ -98,8 +101,11 @@ class PagedModel:
         except OutOfDeviceMemoryError as error:
             raise OutOfDeviceMemoryError(
                 f"{self._path}: {slots} slots of {self.shape.context_length} tokens and {cached_bytes} bytes of "
-                f"prefixes do not fit beside the weights: {error}; lower max_sequences or kv_cache_bytes"
+                f"prefixes ({tier_bytes} on the host) do not fit: {error}; lower max_sequences, kv_cache_bytes or "
+                "kv_tier_bytes"
             ) from error
+        self.prefixes = PagedPrefixes(block_tokens, cached, self.block_bytes, tier)
+        self._allocator = self.prefixes.allocator = BlockAllocator(blocks, self.prefixes.evict)
         self._calls: dict[tuple[int, int], PagedCall] = {}
 
     @property
@@ -191,12 +197,12 @@ class PagedModel:
     def reuse(self, slot: int, tenant: str, prompt: list[int]) -> int:
         """Begin a slot with what is known of a prompt, and return how many tokens that is."""
         self.truncate(slot, 0)
-        self._tables[slot], self.lengths[slot] = self._prefixes.match(tenant, prompt)
+        self._tables[slot], self.lengths[slot] = self.prefixes.match(tenant, prompt)
         return int(self.lengths[slot])
 
     def keep(self, slot: int, tenant: str, tokens: list[int]) -> None:
         """Keep the committed tokens of a slot, all of which it has, for prompts that begin like this."""
-        self._prefixes.insert(tenant, tokens, self._tables[slot])
+        self.prefixes.insert(tenant, tokens, self._tables[slot])
 
     def rehearsal(self, rows: int, width: int) -> Callable[[], None]:
         """Return the bare call that serves so many rows and tokens, without what surrounds it, to be timed."""
@@ -210,7 +216,7 @@ class PagedModel:
 
     def check_integrity(self) -> None:
         """Check that every reference to a block is a slot's or a kept prefix's."""
-        held = [SCRATCH, *self._prefixes.held(), *(block for table in self._tables for block in table)]
+        held = [SCRATCH, *self.prefixes.held(), *(block for table in self._tables for block in table)]
         counts = np.bincount(held, minlength=1 + self.slots * self._columns)
         for block, count in enumerate(counts.tolist()):
             assert self._allocator.references(block) == count, f"block {block} has references that nobody holds"

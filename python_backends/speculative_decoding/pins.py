@@ -3,28 +3,38 @@
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
-from speculative_decoding.prefix_tree import Node
+PINNED_SHARE = 0.5  # of a cache at most: open sessions must not keep all others' prefixes out
+
+
+class Pinned(Protocol):
+    """A block; `pins`: how many keep it."""
+
+    pins: int
+
+
+Block = TypeVar("Block", bound=Pinned)
 
 
 @dataclass(frozen=True)
-class _Pin:
-    nodes: tuple[Node, ...]
+class _Pin(Generic[Block]):
+    nodes: tuple[Block, ...]
     until: float
 
 
-class Pins:
+class Pins(Generic[Block]):
     """Keeps blocks for their owners, at most `limit` blocks in all. Not thread-safe."""
 
-    def __init__(self, limit: int, unpinned: Callable[[Node], None]) -> None:
+    def __init__(self, limit: int, unpinned: Callable[[Block], None]) -> None:
         """`unpinned` is called with each block that nobody pins any more."""
         self._limit = limit
         self._unpinned = unpinned
-        self._pins: dict[Hashable, _Pin] = {}
+        self._pins: dict[Hashable, _Pin[Block]] = {}
         self._next_expiry = math.inf
         self.blocks = 0  # however many pin them
 
-    def put(self, owner: Hashable, path: Sequence[Node], until: float) -> int:
+    def put(self, owner: Hashable, path: Sequence[Block], until: float) -> int:
         """Pin the first blocks of a path, as many as may be, in place of what `owner` has; return how many."""
         before = self._pins.pop(owner, None)
         nodes = tuple(path[: self._affordable(path)])
@@ -51,11 +61,11 @@ class Pins:
             self.remove(owner)
         self._next_expiry = min((pin.until for pin in self._pins.values()), default=math.inf)
 
-    def held(self) -> list[tuple[Node, ...]]:
+    def held(self) -> list[tuple[Block, ...]]:
         """Return the blocks of each owner."""
         return [pin.nodes for pin in self._pins.values()]
 
-    def _affordable(self, path: Sequence[Node]) -> int:
+    def _affordable(self, path: Sequence[Block]) -> int:
         room = self._limit - self.blocks
         for number, node in enumerate(path):
             room -= not node.pins
@@ -63,7 +73,7 @@ class Pins:
                 return number
         return len(path)
 
-    def _let_go(self, pin: _Pin) -> None:
+    def _let_go(self, pin: _Pin[Block]) -> None:
         for node in pin.nodes:
             node.pins -= 1
             if not node.pins:

@@ -1,12 +1,18 @@
 """Between the engine's slots and the key/value cache: what admission finds there, and what is left for others."""
 
+from collections.abc import Hashable
+from collections.abc import Sequence as Tokens
+from dataclasses import asdict
+
 from speculative_decoding.decoder import Decoder
 from speculative_decoding.drafter import Drafter, ModelDrafter
 from speculative_decoding.kv_cache import KVCache
 from speculative_decoding.kv_layout import BlockLayout
-from speculative_decoding.kv_memory import KVCacheSettings
+from speculative_decoding.kv_metrics import KVCacheCounters, KVCacheMetrics
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.paged_model import PagedModel
+from speculative_decoding.prefix_cache import PrefixCache
+from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.sequence import Sequence
 
 
@@ -51,39 +57,68 @@ class PrefixReuse:
 
 
 class PagedReuse:
-    """The same for paged models, which share blocks: target and draft each by itself."""
+    """The same for paged models, which share blocks: target and draft each by itself. A PrefixCache of both."""
 
     def __init__(self, target: PagedModel, draft: PagedModel | None) -> None:
-        self._target = target
-        self._draft = draft
+        self._models = [target, draft] if draft else [target]
 
     def admit(self, slot: int, sequence: Sequence) -> None:
         """Give a slot to a sequence, with the blocks that begin as its prompt does."""
-        for model in self._models():
+        for model in self._models:
             model.reuse(slot, sequence.options.tenant, sequence.prompt)
-        sequence.reused = int(self._target.lengths[slot])
+        sequence.reused = int(self._models[0].lengths[slot])
 
     def keep(self, slot: int, sequence: Sequence) -> None:
         """Keep what a slot has of a sequence's committed tokens, but the last: it may not have been fed yet."""
-        for model in self._models():
+        for model in self._models:
             seen = min(int(model.lengths[slot]), len(sequence.tokens) - 1)
             model.keep(slot, sequence.options.tenant, sequence.tokens[:seen])
 
-    def _models(self) -> list[PagedModel]:
-        return [self._target, self._draft] if self._draft else [self._target]
+    def pin(self, owner: Hashable, tenant: str, tokens: Tokens[int], ttl_s: float) -> int:
+        """See PrefixCache: the target's tokens count."""
+        pinned, *_ = [model.prefixes.pin(owner, tenant, tokens, ttl_s) for model in self._models]
+        return pinned
+
+    def unpin(self, owner: Hashable) -> None:
+        """Let go what `owner` pinned, if anything."""
+        for model in self._models:
+            model.prefixes.unpin(owner)
+
+    def snapshot(self) -> KVCacheMetrics:
+        """Return what the models hold and have done together; tokens are the target's."""
+        each = [asdict(model.prefixes.snapshot()) for model in self._models]
+        counters = [one.pop("counters") for one in each]
+        total = {name: sum(one[name] for one in counters) for name in counters[0]}
+        total |= {name: counters[0][name] for name in ("tokens_reused", "tokens_computed")}
+        return KVCacheMetrics(KVCacheCounters(**total), **{name: sum(one[name] for one in each) for name in each[0]})
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError when blocks, places or pins do not add up."""
+        for model in self._models:
+            model.prefixes.check_integrity()
 
 
-def prefix_reuse(cache: KVCache | None, target: Decoder, drafter: Drafter | None) -> PrefixReuse | PagedReuse:
-    """Return what fills slots from a cache, or from the models themselves where they are paged."""
-    if isinstance(target, LanguageModel):
-        return PrefixReuse(cache, target, drafter)
-    assert isinstance(target, PagedModel)
-    draft = drafter.model if isinstance(drafter, ModelDrafter) else None
-    return PagedReuse(target, draft if isinstance(draft, PagedModel) else None)
+def prefix_reuse(cache: PrefixCache | None, target: Decoder, drafter: Drafter | None) -> PrefixReuse | PagedReuse:
+    """Return what fills slots from a cache, which for paged models is in the models themselves."""
+    if isinstance(target, PagedModel):
+        return _paged_reuse(target, drafter.model if isinstance(drafter, ModelDrafter) else None)
+    assert isinstance(target, LanguageModel)
+    assert cache is None or isinstance(cache, KVCache)
+    return PrefixReuse(cache, target, drafter)
 
 
-def open_kv_cache(target: Decoder, draft: Decoder | None, settings: KVCacheSettings | None) -> KVCache | None:
-    """Return a cache for these models, None without settings. Raises ValueError when no block fits, or OSError."""
-    if settings is None:
+def open_prefix_cache(target: Decoder, draft: Decoder | None, settings: ReuseSettings, name: str) -> PrefixCache | None:
+    """Return the cache of the model `name`, of these two, None where settings ask for none.
+
+    Raises ValueError when no block fits, or OSError.
+    """
+    if isinstance(target, PagedModel):
+        return _paged_reuse(target, draft)
+    chosen = settings.kv_cache(name)
+    if chosen is None:
         return None
-    return KVCache(BlockLayout(target.shape.key_values, draft.shape.key_values if draft else None), settings)
+    return KVCache(BlockLayout(target.shape.key_values, draft.shape.key_values if draft else None), chosen)
+
+
+def _paged_reuse(target: PagedModel, draft: Decoder | None) -> PagedReuse:
+    return PagedReuse(target, draft if isinstance(draft, PagedModel) else None)

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from speculative_decoding.kv_cache import KVCache
 from speculative_decoding.kv_metrics import KVCacheCounters
+from speculative_decoding.prefix_cache import PrefixCache
 from speculative_decoding.sessions import Sessions
 
 COUNTERS = {  # fields of KVCacheCounters
@@ -43,7 +43,7 @@ MakeMetric = Callable[[str, str, str], Any]  # of kind, name and description
 class ReuseMetrics:
     """What the cache, if there is one, and the sessions say of themselves, as Prometheus metrics."""
 
-    def __init__(self, cache: KVCache | None, sessions: Sessions, metric: MakeMetric) -> None:
+    def __init__(self, cache: PrefixCache | None, sessions: Sessions, metric: MakeMetric) -> None:
         self._cache = cache
         self._sessions = sessions
         self._counters, self._gauges = {}, {}

@@ -17,7 +17,7 @@ Conflict = Literal["wait", "refuse"]
 class ReuseSettings:
     """kv_cache_bytes: memory for keys and values of prefixes already seen, target's and draft's; 0 for none, None
     ("auto") for a quarter of what is free when the model is loaded. kv_cache_int8: keep cold ones in int8.
-    kv_tier_bytes: size of a file in kv_tier_folder for those pushed out of memory, 0 for none.
+    kv_tier_bytes: what takes those pushed out, a file in kv_tier_folder or, of a GPU, memory of the host; 0 for none.
     kv_integrity_check_s: seconds between two checks of the cache, made while nothing is decoded, 0 for none.
     session_ttl_s: how long a session lives after its last request, unless that says otherwise. session_conflict:
     whether a request for a session that another has waits for it. session_store_path: SQLite file of the sessions.
@@ -56,12 +56,12 @@ class ReuseSettings:
         tier = state_path(self.kv_tier_folder, f"{model}.kv_tier", "kv_tier_folder") if self.kv_tier_bytes else None
         return KVCacheSettings(budget, self.kv_cache_int8, self.kv_tier_bytes, tier)
 
-    def device_bytes(self, free: int) -> int:
-        """Return the bytes of a GPU, which has `free` of them, for kept prefixes. Raises ValueError."""
-        for name, given in (("kv_cache_int8", self.kv_cache_int8), ("kv_tier_bytes", self.kv_tier_bytes)):
+    def device_bytes(self, free: int) -> tuple[int, int]:
+        """Return the bytes for kept prefixes of a GPU, which has `free`, and of the host. Raises ValueError."""
+        for name, given in (("kv_cache_int8", self.kv_cache_int8), ("kv_tier_folder", self.kv_tier_folder)):
             if given:
                 raise ValueError(f"parameter {name} is {str(given).lower()}; on a GPU it must be left out")
-        return int(free * FREE_SHARE) if self.kv_cache_bytes is None else self.kv_cache_bytes
+        return int(free * FREE_SHARE) if self.kv_cache_bytes is None else self.kv_cache_bytes, self.kv_tier_bytes
 
     def session_store(self, model: str) -> Path:
         """Return where a model's sessions are. Raises ValueError when nothing says so."""

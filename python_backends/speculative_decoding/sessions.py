@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from speculative_decoding.kv_cache import KVCache
 from speculative_decoding.kv_metrics import SessionMetrics
+from speculative_decoding.prefix_cache import PrefixCache
 from speculative_decoding.session_locks import Key, SessionLocks
 from speculative_decoding.session_store import SessionStore, SessionSummary, StoredSession, Turn
 
@@ -24,7 +24,7 @@ class SessionParts:
 
     store: SessionStore
     locks: SessionLocks
-    cache: KVCache | None
+    cache: PrefixCache | None
     clock: Callable[[], float]
 
 
@@ -110,7 +110,7 @@ class Sessions:
     any more, after eviction or a restart, its tokens are still here to compute them from.
     """
 
-    def __init__(self, store: SessionStore, cache: KVCache | None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, store: SessionStore, cache: PrefixCache | None, clock: Callable[[], float] = time.time) -> None:
         self._parts = SessionParts(store, SessionLocks(), cache, clock)
 
     def open(self, tenant: str, session_id: str, ttl_s: float) -> Lease:

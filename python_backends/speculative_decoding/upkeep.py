@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from speculative_decoding.kv_cache import KVCache
 from speculative_decoding.kv_integrity import IntegrityError
+from speculative_decoding.prefix_cache import PrefixCache
 from speculative_decoding.sessions import Sessions
 
 logger = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class Upkeep:
     """A thread that deletes what has expired every PURGE_S seconds, and checks the cache while nothing is decoded."""
 
     def __init__(
-        self, sessions: Sessions, cache: KVCache | None, is_idle: Callable[[], bool], check_s: float = 0.0
+        self, sessions: Sessions, cache: PrefixCache | None, is_idle: Callable[[], bool], check_s: float = 0.0
     ) -> None:
         """check_s: seconds between two checks of the cache, 0 for none."""
         self._sessions = sessions
@@ -52,7 +52,7 @@ class Upkeep:
         except sqlite3.Error:
             logger.exception("expired sessions could not be deleted")
 
-    def _check(self, cache: KVCache) -> None:
+    def _check(self, cache: PrefixCache) -> None:
         try:
             cache.check_integrity()
         except IntegrityError:  # the cache has counted it

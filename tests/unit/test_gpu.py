@@ -16,12 +16,18 @@ from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import execution_provider
 from speculative_decoding.options import GenerationOptions
-from speculative_decoding.paged_model import PagedModel
+from speculative_decoding.paged_model import BLOCK_TOKENS, PagedModel
 from speculative_decoding.sampling import WISH, Filters, Sampler, choose
 from speculative_decoding.sequence import Sequence
 
 from perf.paged_shapes import Llama, write_llama
-from tests.decoding import ADJUSTED, PENALTIES, Answer, check_adjusted_choices
+from tests.decoding import (
+    ADJUSTED,
+    PENALTIES,
+    Answer,
+    check_adjusted_choices,
+    check_prefixes_come_back_from_the_host,
+)
 
 pytestmark = pytest.mark.skipif(
     "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not importlib.util.find_spec("cupy"),
@@ -199,6 +205,13 @@ def test_speculation_changes_no_token(engine: Engine, sampling: dict[str, float]
         found.append([answer.tokens for answer in answers])
     assert found[0] == found[1]
     assert sum(sequence.accepted for sequence in sequences) > 0
+
+
+def test_prefixes_pushed_off_the_gpu_come_back_from_the_host(folder: Path) -> None:
+    size = load(folder, 1).block_bytes
+    kept = {"cached_bytes": 2 * size, "tier_bytes": 6 * size}
+    model = PagedModel(folder, 1, 0, False, execution_provider("GPU", 0), **kept)
+    check_prefixes_come_back_from_the_host(model, BLOCK_TOKENS)
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(folder: Path) -> None:

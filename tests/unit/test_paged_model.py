@@ -15,13 +15,20 @@ from speculative_decoding.paged_call import KEPT_WIDTH
 from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_logits import PagedLogits
 from speculative_decoding.paged_model import CHUNKS, WIDTHS, PagedModel
+from speculative_decoding.prefix_reuse import open_prefix_cache
 from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.warm_up import measure_costs
 from transformers import PreTrainedModel
 
 from scripts.export_model import export_for_cuda
-from tests.decoding import PENALTIES, Answer, check_adjusted_choices, decode_plainly
+from tests.decoding import (
+    PENALTIES,
+    Answer,
+    check_adjusted_choices,
+    check_prefixes_come_back_from_the_host,
+    decode_plainly,
+)
 from tests.language_models import VOCABULARY, save_random
 from tests.paged_attention import decompose
 from tests.unit.conftest import Export
@@ -39,9 +46,10 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pa
     return source, folder / "exported"
 
 
-def load(folder: Path, slots: int = SLOTS, cached: int = CACHED) -> PagedModel:
-    model = PagedModel(folder, slots, 1, False, block_tokens=BLOCK)
-    return PagedModel(folder, slots, 1, False, cached_bytes=cached * model.block_bytes, block_tokens=BLOCK)
+def load(folder: Path, slots: int = SLOTS, cached: int = CACHED, tier: int = 0) -> PagedModel:
+    size = PagedModel(folder, slots, 1, False, block_tokens=BLOCK).block_bytes
+    kept = {"cached_bytes": cached * size, "tier_bytes": tier * size}
+    return PagedModel(folder, slots, 1, False, **kept, block_tokens=BLOCK)
 
 
 class Bench:
@@ -139,13 +147,34 @@ def test_least_recently_used_prefixes_go_first_and_slots_always_get_blocks(paged
         model.forward(0, np.array([prompt]), np.array([33], np.int32))
         model.keep(0, "a", prompt)
         model.check_integrity()
-    assert model._prefixes.blocks <= 4
+    assert len(model.prefixes.held()) <= 4
     assert model.reuse(1, "a", prompts[0]) == 0
     assert model.reuse(1, "a", prompts[-1]) == 32
     for slot in range(SLOTS):
         model.truncate(slot, 0)
         model.forward(slot, np.zeros((1, model.context_length), np.int64), np.array([model.context_length], np.int32))
     model.check_integrity()
+
+
+def test_prefixes_pushed_off_the_device_come_back_from_the_host(paged: tuple[PreTrainedModel, Path]) -> None:
+    check_prefixes_come_back_from_the_host(load(paged[1], cached=2, tier=6), BLOCK)
+
+
+def test_a_session_pins_what_both_models_keep_of_it(paged: tuple[PreTrainedModel, Path]) -> None:
+    target, draft = load(paged[1], cached=8), load(paged[1], cached=8)
+    cache = open_prefix_cache(target, draft, ReuseSettings(), "unused")
+    assert cache
+    prompt = Bench(paged).tokens(40)
+    for model, known in ((target, 40), (draft, 20)):
+        model.forward(0, np.array([prompt[:known]]), np.array([known], np.int32))
+        model.keep(0, "a", prompt[:known])
+    assert cache.pin("session", "a", prompt, 100) == 40
+    seen = cache.snapshot()
+    assert (seen.blocks, seen.blocks_pinned, seen.bytes_used) == (5, 5, 5 * target.block_bytes)
+    assert seen.bytes_budget == 16 * target.block_bytes
+    cache.check_integrity()
+    cache.unpin("session")
+    assert cache.snapshot().blocks_pinned == 0
 
 
 @pytest.mark.parametrize("speculation_length", [0, 4])
@@ -250,9 +279,9 @@ def test_a_folder_for_gpus_is_refused_on_the_cpu_and_the_reverse(
         PagedModel(exported("llama-fp32").folder, 1, 1, False)
 
 
-@pytest.mark.parametrize("settings", [ReuseSettings(kv_cache_int8=True), ReuseSettings(kv_tier_bytes=4096)])
+@pytest.mark.parametrize("settings", [ReuseSettings(kv_cache_int8=True), ReuseSettings(kv_tier_folder="/tier")])
 def test_what_a_gpu_cannot_keep_is_refused_by_name(settings: ReuseSettings) -> None:
-    with pytest.raises(ValueError, match=r"parameter kv_(cache_int8|tier_bytes) is .*; on a GPU it must be left out"):
+    with pytest.raises(ValueError, match=r"parameter kv_(cache_int8|tier_folder) is .*; on a GPU it must be left out"):
         settings.device_bytes(1 << 30)
-    assert ReuseSettings().device_bytes(1 << 30) == 1 << 28
-    assert ReuseSettings(kv_cache_bytes=5).device_bytes(1 << 30) == 5
+    assert ReuseSettings().device_bytes(1 << 30) == (1 << 28, 0)
+    assert ReuseSettings(kv_cache_bytes=5, kv_tier_bytes=7).device_bytes(1 << 30) == (5, 7)
