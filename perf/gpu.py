@@ -55,7 +55,8 @@ SPECULATION_LENGTH = 8
 ANSWER_TOKENS = 96
 CHECKED_TOKENS = 40
 PREFIX_TOKENS, QUESTION_TOKENS, PREFIXES = 1024, 32, 8
-CACHED_BYTES = 1 << 30
+CACHED_BYTES, TIER_BYTES = 1 << 30, 1 << 32
+OTHER_PREFIXES = 30  # as many as push those asked for before off the device
 ENTRIES, DIMENSIONS, LOOKUPS = 1_000_000, 384, 200
 EMBEDDED = (1, 8, 64)  # sentences of 32 tokens at once
 EMBEDDED_TOKENS = 32
@@ -105,15 +106,24 @@ def median_ms(call: Callable[[], None]) -> float:
     return round(1e3 * statistics.median(times), 3)
 
 
+class Target(PagedModel):
+    """A model whose prompts can be kept out of the calls that verify drafts, to see what taking them along gives."""
+
+    takes_along = True
+
+    def mixes(self, rows: int, width: int, chunks: Sequence[Sequence[int]]) -> bool:
+        return self.takes_along and super().mixes(rows, width, chunks)
+
+
 class Pair:
     """A target with a draft, decoding so many sequences at once."""
 
     def __init__(self, folder: Path) -> None:
         provider, slots = execution_provider("GPU", 0), max(AT_ONCE)
         target, draft = folder / "1" / "target", folder / "1" / "draft"
-        self.target = PagedModel(target, slots, 0, False, provider, CACHED_BYTES)
+        self.target = Target(target, slots, 0, False, provider, CACHED_BYTES, TIER_BYTES)
         self.independent = limit_tokens(self.target)
-        drafter = ModelDrafter(PagedModel(draft, slots, 0, False, provider, CACHED_BYTES // 8))
+        drafter = ModelDrafter(PagedModel(draft, slots, 0, False, provider, CACHED_BYTES // 8, TIER_BYTES // 8))
         self.costs = measure_costs(self.target, drafter, SPECULATION_LENGTH)
         self._engine = Engine(self.target, drafter, SPECULATION_LENGTH, 10000, self.costs)
 
@@ -166,6 +176,8 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
         "plain": replace(wish, speculation_length=0),
         "speculative": wish,
         "draft model": replace(wish, drafter="model"),
+        "plain, prompts apart": replace(wish, speculation_length=0),
+        "speculative, prompts apart": wish,
         "sampled plain": replace(wish, speculation_length=0, temperature=0.8, top_p=0.95, seed=1),
         "sampled speculative": replace(wish, temperature=0.8, top_p=0.95, seed=1),
     }
@@ -173,11 +185,13 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
     for at_once in AT_ONCE:
         some = prompts[: max(16, 3 * at_once)]
         for kind, way in [*ways.items()] * 2:  # the first turn warms up
+            pair.target.takes_along = "apart" not in kind
             _, speed = pair.answer(some, [way] * len(some), at_once)
             found[kind][str(at_once)] = round(speed["tokens_per_s"], 1)
             if kind == "speculative":
                 found["acceptance_rate"][str(at_once)] = round(speed["acceptance_rate"], 3)
                 found["first_token_ms"][str(at_once)] = round(speed["first_token_ms"], 2)
+        pair.target.takes_along = True
         console.print(at_once, "at once:", {kind: found[kind][str(at_once)] for kind in found})
     statistics_, overhead = pair.statistics(), {}
     overhead["round_ms"] = 1e3 * statistics_.step_s / statistics_.rounds
@@ -186,17 +200,31 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
 
 
 def measure_prefixes(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, float]:
-    """Return milliseconds to the first token of a question after a prefix never seen, and after one seen before."""
+    """Return milliseconds to the first token of a question after a prefix never seen, seen before, and on the host.
+
+    from_host: how many blocks came back from there.
+    """
     text = [token for prompt in prompts for token in prompt]
     wish = [GenerationOptions(max_tokens=1)]
-    found: dict[str, list[float]] = {"cold": [], "warm": []}
-    for number in range(PREFIXES + 2):
-        begin = number * (PREFIX_TOKENS + 2 * QUESTION_TOKENS)
-        prefix, rest = text[begin : begin + PREFIX_TOKENS], text[begin + PREFIX_TOKENS :]
-        for kind, question in (("cold", rest[:QUESTION_TOKENS]), ("warm", rest[QUESTION_TOKENS : 2 * QUESTION_TOKENS])):
-            _, speed = pair.answer([prefix + question], wish, 1)
-            found[kind].append(speed["first_token_ms"])
-    return {f"{kind}_ms": round(statistics.median(times[2:]), 3) for kind, times in found.items()}
+    found: dict[str, list[float]] = {"cold": [], "warm": [], "from_host": []}
+
+    def ask(kind: str, number: int, question: int) -> None:
+        begin = number * (PREFIX_TOKENS + 3 * QUESTION_TOKENS)
+        prefix, rest = text[begin : begin + PREFIX_TOKENS], text[begin + PREFIX_TOKENS + question * QUESTION_TOKENS :]
+        _, speed = pair.answer([prefix + rest[:QUESTION_TOKENS]], wish, 1)
+        found[kind].append(speed["first_token_ms"])
+
+    for number in range(PREFIXES):
+        ask("cold", number, 0)
+        ask("warm", number, 1)
+    for number in range(PREFIXES, PREFIXES + OTHER_PREFIXES):
+        ask("cold", number, 0)
+    before = pair.target.prefixes.snapshot().counters.tier_hits
+    for number in range(PREFIXES):
+        ask("from_host", number, 2)
+    blocks = pair.target.prefixes.snapshot().counters.tier_hits - before
+    times = {f"{kind}_ms": round(statistics.median(times[2:]), 3) for kind, times in found.items()}
+    return {**times, "blocks_from_host": blocks}
 
 
 def count_differences(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, int]:

@@ -118,3 +118,28 @@ def check_prefixes_come_back_from_the_host(model: PagedModel, block_tokens: int,
     seen = model.prefixes.snapshot()
     assert (seen.blocks, seen.tier_blocks) == (blocks, 3 * blocks)
     assert seen.counters.tier_hits == 8 * blocks
+
+
+def check_mixed_calls(alone: PagedModel, mixed: PagedModel) -> None:
+    """Feed two rows and chunks of two prompts to one model in one call, to another one by one: all bits must agree."""
+    rng = np.random.default_rng(0)
+    for turn in range(6):
+        tokens = rng.integers(0, mixed.shape.vocabulary, (2, 4))
+        counts = np.array([turn % 4 + 1, 1], np.int32)
+        chunks = [rng.integers(0, mixed.shape.vocabulary, size).tolist() for size in (1 + 7 * turn, 3)]
+        assert mixed.mixes(2, 4, chunks)
+        of_rows, of_chunks = mixed.forward_mixed(tokens, counts, chunks)
+        found = [of_rows[row, place] for row in range(2) for place in range(counts[row])]
+        found += [of_chunks[number, 0] for number in range(2)]
+        best = [of_rows.argmax(-1)[row, place] for row in range(2) for place in range(counts[row])]
+        best += of_chunks.argmax(-1)[:, 0].tolist()
+        expected = []
+        for slot, count in enumerate(counts.tolist()):
+            logits = alone.forward(slot, tokens[slot, None], counts[slot : slot + 1])
+            expected += [logits[0, place] for place in range(count)]
+        for number, chunk in enumerate(chunks):
+            expected.append(alone.forward_prompts(2 + number, [chunk])[0, 0])
+        assert np.array_equal(found, expected)
+        assert best == [values.argmax() for values in expected]
+        assert mixed.lengths.tolist() == alone.lengths.tolist()
+        mixed.check_integrity()

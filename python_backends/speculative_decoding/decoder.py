@@ -1,5 +1,6 @@
 """What decodes: slots on the CPU, pages on a GPU, behind one interface."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +41,20 @@ class Decoder(Protocol):
 
     def forward(self, first: int, tokens: Tokens, counts: Counts) -> Logits:
         """Feed row r's first counts[r] of `tokens` to slot first + r; return logits, valid until the next call."""
+
+    def forward_prompts(self, first: int, chunks: Sequence[Sequence[int]]) -> Logits:
+        """Feed a chunk of its prompt to each of the slots first, first + 1, ...: `prompts_at_once` at most.
+
+        Returns the logits [chunks, 1, vocabulary] after each chunk, valid until the next call.
+        """
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts `forward_prompts` may be given."""
+
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of prompts that may be fed in one call."""
 
     def widest(self, rows: int) -> int:
         """Return how many tokens each of so many rows may have in one call."""

@@ -13,7 +13,8 @@ from speculative_decoding.departures import Departures
 from speculative_decoding.drafter import Drafter
 from speculative_decoding.engine_statistics import Statistics
 from speculative_decoding.logprobs import token_logprobs
-from speculative_decoding.prefill import Prefill
+from speculative_decoding.paged_model import PagedModel
+from speculative_decoding.prefill import Chunk, Prefill, total_tokens
 from speculative_decoding.prefix_cache import PrefixCache
 from speculative_decoding.prefix_reuse import prefix_reuse
 from speculative_decoding.scheduler import Scheduler
@@ -119,9 +120,9 @@ class Engine:
                 self._changed.wait_for(lambda: self._stopping or not self._scheduler.idle)
             try:
                 self._drop()
-                self._admit()
+                chunks = self._admit()
                 if self._scheduler.running:
-                    self._round()
+                    self._round(chunks)
             except Exception:
                 logger.exception("a decoding step failed; its sequences are answered with an error")
                 self._fail_all("error")
@@ -138,45 +139,68 @@ class Engine:
             if not sequence.finished:
                 self._finish(sequence, [], reason)
 
-    def _admit(self) -> None:
-        """Feed the next chunks of the next prompts, as many tokens as the running sequences can wait for."""
-        budget = self._prefill.budget(bool(self._scheduler.running))
+    def _admit(self) -> list[Chunk]:
+        """Feed the next chunks of the next prompts, as many tokens as the running sequences can wait for.
+
+        Returns those that may be fed with the round that follows.
+        """
+        is_decoding = bool(self._scheduler.running)
+        budget = self._prefill.budget(is_decoding)
         while budget > 0:
             with self._changed:
-                sequence = self._scheduler.next_prefill()
-            if sequence is None:
-                return
-            slot = len(self._scheduler.running)
-            fed, logits = self._prefill.feed(slot, sequence, budget)
-            budget -= fed
-            if logits is not None:
-                self._begin(slot, sequence, logits)
+                sequences = self._scheduler.next_prefills(self._target.prompts_at_once)
+            if not sequences:
+                break
+            chunks = self._prefill.plan(len(self._scheduler.running), sequences, budget)
+            if is_decoding and isinstance(self._target, PagedModel):
+                return chunks
+            budget -= total_tokens(chunks)
+            self._feed(chunks)
+        return []
 
-    def _begin(self, slot: int, sequence: Sequence, logits: Logits) -> None:
-        """Commit the first token of an answer, logits [1, 1, vocabulary] being those of the prompt's last."""
-        self._scheduler.start_decoding()
-        sequence.first_token = time.monotonic()
-        self.statistics.prompt_tokens += len(sequence.prompt)
-        [tokens] = accept_drafts([sequence], Drafts.none(1), logits)
-        self._commit(slot, sequence, tokens, logits[0])
-        if not sequence.finished:  # its first token is on its way: now others may use the prompt
-            self._prefixes.keep(slot, sequence)
+    def _feed(self, chunks: list[Chunk]) -> None:
+        """Feed chunks to the slots after the running sequences'."""
+        logits = self._prefill.feed(len(self._scheduler.running), chunks)
+        self._begin(chunks, logits)
 
-    def _round(self) -> None:
-        """Draft, verify and accept for every running sequence, in one call of the target."""
+    def _begin(self, chunks: list[Chunk], logits: Logits) -> None:
+        """Commit the first token of each answer whose prompt is done, given the logits [chunks, 1, vocabulary]."""
+        begun = [chunk.sequence for chunk in chunks if chunk.is_last]
+        if not begun:
+            return
+        logits = logits[: len(begun)]
+        first_tokens = accept_drafts(begun, Drafts.none(len(begun)), logits)
+        first = len(self._scheduler.running)
+        self._scheduler.start_decoding(len(begun))
+        for place in reversed(range(len(begun))):  # a sequence that ends is replaced by a later one, already served
+            slot, sequence = first + place, begun[place]
+            sequence.first_token = time.monotonic()
+            self.statistics.prompt_tokens += len(sequence.prompt)
+            self._commit(slot, sequence, first_tokens[place], logits[place])
+            if not sequence.finished:  # its first token is on its way: now others may use the prompt
+                self._prefixes.keep(slot, sequence)
+
+    def _round(self, chunks: list[Chunk]) -> None:
+        """Draft, verify and accept for every running sequence, in one call of the target, which takes chunks along."""
         started, ran = time.perf_counter(), self._ran_s()
         running = list(self._scheduler.running)
         drafts = self._draft(running)
-        drafted_at = time.perf_counter()
-        logits = self._verify(running, drafts)
+        draft_s = time.perf_counter() - started
+        if chunks and not self._can_take_along(drafts, chunks):
+            self._feed(chunks)
+            chunks = []
+        verify_at = time.perf_counter()
+        logits, of_chunks = self._verify(running, drafts, chunks)
         accepted = accept_drafts(running, drafts, logits)
+        if of_chunks is not None:
+            self._begin(chunks, of_chunks)
         for slot in reversed(range(len(running))):  # a sequence that ends is replaced by a later one, already served
             sequence, length, tokens = running[slot], int(drafts.lengths[slot]), accepted[slot]
             self._record(sequence, length, tokens)
             self._commit(slot, sequence, tokens, logits[slot])
         self.statistics.model_s += self._ran_s() - ran
-        ended = time.perf_counter()
-        self._record_round(drafts, ended - started, ended - drafted_at)
+        verify_s = max(0.0, time.perf_counter() - verify_at - self._prefill.extra_s(chunks))
+        self._record_round(drafts, draft_s + verify_s, verify_s)
 
     def _ran_s(self) -> float:
         """Return the seconds spent within ONNX Runtime so far."""
@@ -187,13 +211,25 @@ class Engine:
         room = self.context_length - max(len(sequence.tokens) for sequence in running)
         return self._speculation.draft(running, min(room, self._target.widest(len(running)) - 1))
 
-    def _verify(self, running: list[Sequence], drafts: Drafts) -> Logits:
-        """Return the target's logits after the last committed token and after each draft, [rows, k + 1, vocabulary]."""
+    def _can_take_along(self, drafts: Drafts, chunks: list[Chunk]) -> bool:
+        """Return whether one call of the target can verify drafts and take chunks of prompts along."""
+        rows, longest = drafts.tokens.shape
+        tokens = [chunk.tokens for chunk in chunks]
+        return isinstance(self._target, PagedModel) and self._target.mixes(rows, longest + 1, tokens)
+
+    def _verify(self, running: list[Sequence], drafts: Drafts, chunks: list[Chunk]) -> tuple[Logits, Logits | None]:
+        """Return the target's logits after the last committed token and after each draft, [rows, k + 1, vocabulary].
+
+        With chunks of prompts, also those after each of them, [chunks, 1, vocabulary].
+        """
         rows, longest = drafts.tokens.shape
         tokens = np.empty((rows, longest + 1), np.int64)
         tokens[:, 0] = [sequence.tokens[-1] for sequence in running]
         tokens[:, 1:] = drafts.tokens
-        return self._target.forward(0, tokens, drafts.lengths + 1)
+        if chunks:
+            assert isinstance(self._target, PagedModel)
+            return self._target.forward_mixed(tokens, drafts.lengths + 1, [chunk.tokens for chunk in chunks])
+        return self._target.forward(0, tokens, drafts.lengths + 1), None
 
     def _record(self, sequence: Sequence, drafted: int, tokens: list[int]) -> None:
         """Learn from how many drafted tokens stood, of which the next `tokens` begin with."""

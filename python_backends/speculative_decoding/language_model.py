@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,22 @@ class LanguageModel:
         self._session.run_with_iobinding(call.binding)
         self.ran_s += time.perf_counter() - started
         return call.logits
+
+    def forward_prompts(self, first: int, chunks: Sequence[Sequence[int]]) -> Logits:
+        """Feed a chunk of its prompt to a slot, and return the logits [1, 1, vocabulary] after it."""
+        [chunk] = chunks
+        logits: Logits = self.forward(first, np.array([chunk], np.int64), np.array([len(chunk)], np.int32))
+        return logits[:, -1:]
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts `forward_prompts` may be given."""
+        return 1
+
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of prompts that may be fed in one call."""
+        return self.context_length
 
     def widest(self, rows: int) -> int:
         """Return how many tokens each of so many rows may have in one call."""

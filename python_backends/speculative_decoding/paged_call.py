@@ -1,6 +1,6 @@
-"""One number of rows and tokens of a paged model's call, with inputs and outputs at fixed addresses."""
+"""One shape of a paged model's call, with inputs and outputs at fixed addresses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,42 @@ from speculative_decoding.device import Array, Device
 from speculative_decoding.language_model import Counts, Tokens
 from speculative_decoding.sampling import WISH
 
-KEPT_WIDTH = 17  # of a wider row only the last token fed has logits
+KEPT_WIDTH = 17  # tokens of a row, at most
+# A single token is attended to by another kernel, whose sums are split by how many rows there are. From two on a
+# token's logits have the same bits in any batch, width and chunk, so that no row or chunk ever has fewer.
+LEAST_WIDTH = 2
+PROMPTS = 8  # whose chunks one call can have
+
+
+class CallShape(NamedTuple):
+    """rows: of `width` tokens each, all of which have logits. chunk: tokens of prompts together, whose last have."""
+
+    rows: int
+    width: int
+    chunk: int = 0
+
+    @property
+    def sequences(self) -> int:
+        """Rows, prompts, and what takes the tokens that no prompt has."""
+        return self.rows + (PROMPTS + 1 if self.chunk else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens fed, padding included."""
+        return self.rows * self.width + self.chunk
+
+    @property
+    def logits(self) -> int:
+        """How many tokens have logits, a prompt's last among them."""
+        return self.rows * self.width + (PROMPTS if self.chunk else 0)
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt, how many its slot has already, and the slot's blocks."""
+
+    tokens: Sequence[int]
+    past: int
+    table: list[int]
 
 
 class Results(NamedTuple):
@@ -30,7 +65,7 @@ class Results(NamedTuple):
 
 
 class PagedCall:
-    """Feeds so many rows of so many tokens, and chooses of their logits."""
+    """Feeds rows of tokens and chunks of prompts, and chooses of their logits."""
 
     def __init__(
         self,
@@ -38,41 +73,41 @@ class PagedCall:
         session: Any,
         caches: Mapping[str, Array],
         results: Results,
-        shape: tuple[int, int, int],
+        shape: CallShape,
+        columns: int,
         block_tokens: int,
         graph: int | None,
     ) -> None:
-        """`caches`: blocks by layer and kind. `shape`: rows, tokens of each, blocks of each. `graph`: see Device."""
-        rows, width, columns = shape
+        """`caches`: blocks by layer and kind. `columns`: blocks of a sequence, at most. `graph`: see Device."""
         self._device, self._session = device, session
         self._options = device.run_options(graph)
-        self.rows, self.width = rows, width
-        self._has_all = width <= KEPT_WIDTH
-        wanted = rows * width if self._has_all else rows
-        self.logits, self._chosen = results.logits[:wanted], results.chosen[:wanted]
-        self._wishes, self._proposals = results.wishes, results.proposals[:, :rows]
+        self.shape = shape
+        self.logits, self._chosen = results.logits[: shape.logits], results.chosen[: shape.logits]
+        self._wishes, self._proposals = results.wishes, results.proposals[:, : shape.rows]
         self._results = results
+        sequences = shape.sequences
         sizes = {
-            "tokens": 8 * rows * width,
-            "past": 4 * rows,
-            "counts": 4 * rows,
-            "indices": 4 * wanted,
-            "table": 4 * rows * columns,
+            "tokens": 8 * shape.tokens,
+            "past": 4 * sequences,
+            "counts": 4 * shape.rows,
+            "indices": 4 * shape.logits,
+            "bounds": 4 * (sequences + 1),
+            "table": 4 * sequences * columns,
         }
         self._staged = np.zeros(sum(sizes.values()), np.uint8)  # all that changes goes up in one copy
         self._inputs = device.zeros(self._staged.shape, np.uint8)
         self._host, self._fed = (_parts(buffer, sizes) for buffer in (self._staged, self._inputs))
-        self._host["indices"][:] = np.arange(wanted)
-        self._bounds = device.zeros((rows + 1,), np.int32)
-        device.upload(self._bounds, np.arange(0, rows * width + 1, width, np.int32))
+        in_rows = shape.rows * shape.width
+        self._host["indices"][:in_rows] = np.arange(in_rows)
+        self._host["bounds"][: shape.rows + 1] = shape.width * np.arange(shape.rows + 1)
         inputs = {
             "input_ids": self._fed["tokens"],
             "past_sequence_lengths": self._fed["past"],
             "logits_indices": self._fed["indices"],
-            "block_table": self._fed["table"].reshape(rows, columns),
-            "cumulative_sequence_lengths": self._bounds,
+            "block_table": self._fed["table"].reshape(sequences, columns),
+            "cumulative_sequence_lengths": self._fed["bounds"],
         }
-        self._limits = np.array([width, columns * block_tokens, 0], np.int32)
+        self._limits = np.array([max(shape.width, shape.chunk), columns * block_tokens, 0], np.int32)
         self._binding = session.io_binding()
         for name, array in inputs.items():
             self._bind("input", name, array)
@@ -83,31 +118,36 @@ class PagedCall:
             self._bind("input", f"past_key_values.{name}", cache)
             self._bind("output", f"present.{name}", cache)
 
-    def start(self, tokens: Tokens, past: Counts, counts: Counts, tables: list[list[int]]) -> None:
-        """Queue the call on so many rows of tokens, the rest being padding."""
+    def start(
+        self, tokens: Tokens, past: Counts, counts: Counts, tables: list[list[int]], chunks: Sequence[Chunk] = ()
+    ) -> None:
+        """Queue the call on so many rows of tokens and so many chunks, the rest being padding."""
         rows, width = tokens.shape
-        host = self._host
+        host, shape = self._host, self.shape
         for name in ("tokens", "past", "counts", "table"):
             host[name][:] = 0
-        host["tokens"].reshape(self.rows, self.width)[:rows, :width] = tokens
+        in_rows = shape.rows * shape.width
+        host["tokens"][:in_rows].reshape(shape.rows, shape.width)[:rows, :width] = tokens
         host["past"][:rows] = past
         host["counts"][:rows] = counts
-        if not self._has_all:
-            host["indices"][:rows] = self.width * np.arange(rows) + counts - 1
-        table = host["table"].reshape(self.rows, -1)
+        table = host["table"].reshape(shape.sequences, -1)
         for row, blocks in enumerate(tables):
             table[row, : len(blocks)] = blocks
+        begin = in_rows
+        for number, chunk in enumerate(chunks):
+            size, row = len(chunk.tokens), shape.rows + number
+            host["tokens"][begin : begin + size] = chunk.tokens
+            host["past"][row] = chunk.past
+            table[row, : len(chunk.table)] = chunk.table
+            host["indices"][in_rows + number] = begin + size - 1
+            begin += max(size, LEAST_WIDTH)
+            host["bounds"][row + 1] = begin
+        if shape.chunk:
+            assert begin <= shape.tokens
+            host["bounds"][shape.rows + len(chunks) + 1 : -1] = begin
+            host["bounds"][-1] = shape.tokens
         self._device.upload(self._inputs, self._staged)
         self.run()
-
-    def places(self, counts: Counts, width: int) -> NDArray[np.int64]:
-        """Return which logits are those of which of the tokens fed, [rows, width]; -1 where there are none."""
-        rows = len(counts)
-        if self._has_all:
-            return np.arange(self.rows * self.width).reshape(self.rows, self.width)[:rows, :width]
-        places = np.full((rows, width), -1)
-        places[np.arange(rows), counts - 1] = np.arange(rows)
-        return places
 
     def run(self) -> None:
         """Queue the call on what the inputs hold."""
@@ -132,7 +172,7 @@ class PagedCall:
         wishes: WISH [steps, rows], None for the likeliest. Nothing is waited for but the end.
         """
         if wishes is not None:
-            each = np.repeat(wishes, self.width, axis=1)
+            each = np.repeat(wishes, self.shape.width, axis=1)
             self._device.upload(self._wishes[: each.nbytes], each.reshape(-1).view(np.uint8))
         fed = self._fed
         for step in range(steps):

@@ -5,22 +5,24 @@ end may be summed in another order, and a near tie be decided otherwise.
 """
 
 from collections.abc import Iterator
+from itertools import groupby, product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from speculative_decoding.decoder import Logits
-from speculative_decoding.paged_call import KEPT_WIDTH
-from speculative_decoding.paged_model import CHUNKS, LEAST_WIDTH, WIDTHS, PagedModel
+from speculative_decoding.paged_call import KEPT_WIDTH, LEAST_WIDTH, CallShape
+from speculative_decoding.paged_logits import PagedLogits
+from speculative_decoding.paged_model import CHUNKS, MIXED_CHUNKS, MIXED_WIDTHS, WIDTHS, PagedModel
 
 PAST = 12  # tokens in a slot before the comparison
+PIECE = KEPT_WIDTH - 1  # tokens of a prompt fed at once, to compare with
 
 
 def limit_tokens(model: PagedModel) -> bool:
     """Have a model feed no more tokens in one call than keep their bits; return whether all slots can decode so.
 
-    Every number of rows and every width that is used is compared with tokens fed one by one, all slots of it, and every
-    chunk of a prompt with the same in small pieces. All slots are empty before and after.
+    Every shape of a call that is used is compared with tokens fed one by one and prompts in small pieces, all slots and
+    several prompts of it. All slots are empty before and after.
     """
     try:
         model.most_tokens = _most_tokens(model)
@@ -31,57 +33,105 @@ def limit_tokens(model: PagedModel) -> bool:
 
 
 def _most_tokens(model: PagedModel) -> int:
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, model.shape.vocabulary, (model.slots, PAST))
-    tokens = rng.integers(0, model.shape.vocabulary, (model.slots, KEPT_WIDTH))
-    for slot, prompt in enumerate(prompts):
-        _feed(model, slot, prompt[None])
-    alone = [_one_by_one(model, slot, row) for slot, row in enumerate(tokens)]
+    reference = _Reference(model)
     good = 0
-    for size, rows, width in sorted(_shapes(model)):
-        if rows:
-            model.lengths[:rows] = PAST
-            found = _digests(_feed(model, 0, tokens[:rows, :width]))
-            same = found == [digest for row in alone[:rows] for digest in row[:width]]
-        else:
-            same = _chunk_is_independent(model, rng.integers(0, model.shape.vocabulary, width))
-            model.truncate(0, 0)
-            _feed(model, 0, prompts[:1])  # what was in the slot that the chunk was fed to
-        if not same:
+    for size, shapes in groupby(sorted(_shapes(model), key=_tokens), key=_tokens):
+        if not all(reference.agrees(shape) for shape in shapes):
             return good
         good = size
     return good
 
 
-def _shapes(model: PagedModel) -> Iterator[tuple[int, int, int]]:
-    """Yield tokens, rows and width of what a model is fed; of a chunk of a prompt, rows is 0."""
-    for width in WIDTHS:
-        for rows in {min(1 << power, model.slots) for power in range(model.slots.bit_length() + 1)}:
-            yield rows * width, rows, width
-    for width in CHUNKS:
-        if width + KEPT_WIDTH <= model.context_length:
-            yield width, 0, width
+def _shapes(model: PagedModel) -> Iterator[CallShape]:
+    """Yield the shapes of the calls that a model is fed with."""
+    every = {min(1 << power, model.slots) for power in range(model.slots.bit_length() + 1)}
+    yield from (CallShape(rows, width) for rows, width in product(every, WIDTHS))
+    for chunk in CHUNKS:
+        if chunk + KEPT_WIDTH <= model.context_length:
+            yield CallShape(0, 0, chunk)
+            if chunk in MIXED_CHUNKS and model.slots > 1:
+                yield from (CallShape(rows, width, chunk) for rows, width in product(every, MIXED_WIDTHS))
 
 
-def _one_by_one(model: PagedModel, slot: int, tokens: NDArray[np.int64]) -> list[int]:
-    return [digest for token in tokens for digest in _digests(_feed(model, slot, token.reshape(1, 1)))]
+def _tokens(shape: CallShape) -> int:
+    return shape.tokens
 
 
-def _chunk_is_independent(model: PagedModel, prompt: NDArray[np.int64]) -> bool:
-    """Return whether a prompt's last token and what follows have the same bits, fed at once or in pieces."""
-    found = []
-    for piece in (len(prompt), KEPT_WIDTH - 1):
-        model.truncate(0, 0)
-        for begin in range(0, len(prompt), piece):
-            last = _digests(_feed(model, 0, prompt[None, begin : begin + piece])[:, -1:])
-        found.append([*last, *_digests(_feed(model, 0, prompt[None, :LEAST_WIDTH]))])
-    return found[0] == found[1]
+class _Reference:
+    """What a model gives for tokens fed one by one, and for prompts fed in small pieces."""
+
+    def __init__(self, model: PagedModel) -> None:
+        rng, vocabulary = np.random.default_rng(0), model.shape.vocabulary
+        self._model = model
+        self._prompts = rng.integers(0, vocabulary, (model.slots, PAST)).tolist()
+        self._tokens = rng.integers(0, vocabulary, (model.slots, KEPT_WIDTH))
+        self._text = rng.integers(0, vocabulary, max(CHUNKS)).tolist()
+        self._in_pieces: dict[int, list[int]] = {}
+        for slot in range(model.slots):
+            self._begin(slot)
+        self._alone = [
+            [digest for token in row for digest in _feed(model, slot, [token])]
+            for slot, row in enumerate(self._tokens.tolist())
+        ]
+
+    def agrees(self, shape: CallShape) -> bool:
+        """Return whether a call of this shape gives the same bits."""
+        rows = min(shape.rows, self._model.slots - 1) if shape.chunk else shape.rows
+        chunks = [self._text[:size] for size in self._sizes(shape.chunk, self._model.slots - rows)]
+        expected = [self._of_prompt(size) for size in map(len, chunks)]
+        self._model.lengths[:rows] = PAST
+        for slot in range(rows, rows + len(chunks)):
+            self._model.truncate(slot, 0)
+        of_rows, of_chunks = self._call(self._tokens[:rows, : shape.width], chunks)
+        same = of_rows == [digest for row in self._alone[:rows] for digest in row[: shape.width]]
+        for slot, digest in enumerate(of_chunks, rows):
+            found = [digest, *_feed(self._model, slot, self._text[:LEAST_WIDTH])]
+            same = same and found == expected[slot - rows]
+            self._begin(slot)
+        return same
+
+    def _call(self, tokens: NDArray[np.int64], chunks: list[list[int]]) -> tuple[list[int], list[int]]:
+        """Return digests of what one call gives: rows in the first slots, chunks in those after them."""
+        rows, width = tokens.shape
+        counts = np.full(rows, width, np.int32)
+        if not chunks:
+            return _digests(self._model.forward(0, tokens, counts)), []
+        if not rows:
+            return [], _digests(self._model.forward_prompts(0, chunks))
+        of_rows, of_chunks = self._model.forward_mixed(tokens, counts, chunks)
+        return _digests(of_rows), _digests(of_chunks)
+
+    def _sizes(self, total: int, slots: int) -> list[int]:
+        """Return the sizes of up to three prompts' chunks, one of them of one token, that fill a call together."""
+        if not total:
+            return []
+        if slots == 1:
+            return [total]
+        rest = total - LEAST_WIDTH
+        return [1, rest] if slots == 2 else [1, rest // 2, rest - rest // 2]
+
+    def _of_prompt(self, size: int) -> list[int]:
+        """Return the digests after a prompt's last token, and after what follows it, the prompt fed in pieces."""
+        if size not in self._in_pieces:
+            slot, prompt, last = self._model.slots - 1, self._text[:size], list[int]()
+            self._model.truncate(slot, 0)
+            for begin in range(0, size, PIECE):
+                last = _feed(self._model, slot, prompt[begin : begin + PIECE])[-1:]
+            self._in_pieces[size] = [*last, *_feed(self._model, slot, self._text[:LEAST_WIDTH])]
+            self._begin(slot)
+        return self._in_pieces[size]
+
+    def _begin(self, slot: int) -> None:
+        """Have a slot's own tokens in it."""
+        self._model.truncate(slot, 0)
+        _feed(self._model, slot, self._prompts[slot])
 
 
-def _feed(model: PagedModel, first: int, tokens: NDArray[np.int64]) -> Logits:
-    return model.forward(first, tokens, np.full(len(tokens), tokens.shape[1], np.int32))
+def _feed(model: PagedModel, slot: int, tokens: list[int]) -> list[int]:
+    """Feed a few tokens to a slot, and return a digest of the logits after each."""
+    return _digests(model.forward(slot, np.array([tokens]), np.array([len(tokens)], np.int32)))
 
 
-def _digests(logits: Logits) -> list[int]:
-    values = logits.copy()
+def _digests(logits: PagedLogits) -> list[int]:
+    values = logits.raw()
     return [hash(row.tobytes()) for row in values.reshape(-1, values.shape[-1])]

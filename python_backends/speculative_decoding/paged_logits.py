@@ -32,6 +32,16 @@ class PagedLogits:
         """The shape, vocabulary included."""
         return (*self._places.shape, int(self._call.logits.shape[1]))
 
+    def last(self) -> "PagedLogits":
+        """Return those after each row's last token, [rows, 1, vocabulary]."""
+        return PagedLogits(self._device, self._call, self._places[:, -1:], self._waited)
+
+    def alone_in_row(self, width: int, place: int) -> "PagedLogits":
+        """Return these, which are of one token, as those of a row of `width` tokens that has no others."""
+        places = np.full((1, width), -1)
+        places[0, place] = self._places.item()
+        return PagedLogits(self._device, self._call, places, self._waited)
+
     def argmax(self, axis: int = -1) -> NDArray[np.int64]:
         """Return the likeliest tokens, computed on the device."""
         assert axis == -1
@@ -67,9 +77,14 @@ class PagedLogits:
         assert places >= 0, "only the last token of a long chunk has logits"
         return self._device.download(self._call.logits[int(places)]).astype(np.float32)
 
+    def raw(self) -> NDArray[Any]:
+        """Return all of them from the device, of the type that they have there."""
+        values: NDArray[Any] = self._device.download(self._call.logits)[self._places]
+        return values
+
     def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
         """Return all of them from the device."""
-        values = self._device.download(self._call.logits).astype(np.float32)[self._places]
+        values = self.raw().astype(np.float32)
         return values if dtype is None else values.astype(dtype)
 
     def copy(self) -> NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from speculative_decoding.host_tier import HostTier
 from speculative_decoding.language_model import Counts, DecoderShape, Tokens, session_options
 from speculative_decoding.options import MAX_BIASES, MAX_SPECULATION_LENGTH, MAX_STOPS
 from speculative_decoding.paged_blocks import SCRATCH, BlockAllocator
-from speculative_decoding.paged_call import KEPT_WIDTH, PagedCall, Results
+from speculative_decoding.paged_call import (
+    KEPT_WIDTH,
+    LEAST_WIDTH,
+    PROMPTS,
+    CallShape,
+    Chunk,
+    PagedCall,
+    Results,
+)
 from speculative_decoding.paged_logits import PagedLogits
 from speculative_decoding.paged_prefixes import PagedPrefixes
 from speculative_decoding.sampling import WISH
@@ -30,11 +38,10 @@ import onnxruntime
 # CUDA's PagedAttention reads blocks of 256 tokens with FlashAttention. With any other size it gathers each sequence's
 # keys and values first: 8 rows of 5 tokens then took 8.3 ms in place of 1.9 (Llama 1.1B, H200, ONNX Runtime 1.31).
 BLOCK_TOKENS = 256
-# A single token is attended to by another kernel, whose sums are split by how many rows there are. From two on a
-# token's logits have the same bits in any batch, width and chunk, so that no row ever has fewer.
-LEAST_WIDTH = 2
 WIDTHS = (2, 5, 9, KEPT_WIDTH)  # of captured calls: a wider row costs next to nothing, one more shape costs memory
-CHUNKS = (32, 64, 128, 256, 512)  # of prompts, one row: ONNX Runtime takes 20 ms and more for a shape it has not seen
+CHUNKS = (32, 64, 128, 256, 512)  # of prompts alone: ONNX Runtime takes 20 ms and more for a shape it has not seen
+MIXED_WIDTHS, MIXED_CHUNKS = (2, 5, 9), (64, 128, 256)  # of calls that have both rows and prompts
+NO_ROWS = np.zeros((0, 0), np.int64), np.zeros(0, np.int32)
 ELEMENTS: dict[int, DTypeLike] = {TensorProto.FLOAT16: np.float16, TensorProto.FLOAT: np.float32}
 
 
@@ -87,7 +94,7 @@ class PagedModel:
             self._memory = self._device.zeros((self.shape.key_values.planes, *size), self._element)
             in_tier = tier_bytes // self.block_bytes if cached else 0
             tier = HostTier(self._device, self._memory, in_tier) if in_tier else None
-            most, longest = slots * KEPT_WIDTH, MAX_SPECULATION_LENGTH
+            most, longest = slots * KEPT_WIDTH + PROMPTS, MAX_SPECULATION_LENGTH
             wishes = max(most, longest * slots * LEAST_WIDTH) * WISH.itemsize
             self._results = Results(
                 self._device.zeros((most, self.shape.vocabulary), self._element),
@@ -106,7 +113,7 @@ class PagedModel:
             ) from error
         self.prefixes = PagedPrefixes(block_tokens, cached, self.block_bytes, tier)
         self._allocator = self.prefixes.allocator = BlockAllocator(blocks, self.prefixes.evict)
-        self._calls: dict[tuple[int, int], PagedCall] = {}
+        self._calls: dict[CallShape, PagedCall] = {}
 
     @property
     def slots(self) -> int:
@@ -147,13 +154,47 @@ class PagedModel:
         """Feed the slots first, first + 1, ... and return logits [rows, width, vocabulary], valid until the next call.
 
         `tokens` is int64 [rows, width]; row r adds its first `counts[r]` tokens, and its logits beyond them mean
-        nothing. Every slot needs room for `width` more tokens. Rows wider than KEPT_WIDTH have logits of the last
-        token fed only. Raises MemoryError when there is no block left, and has changed nothing then.
+        nothing. Every slot needs room for `width` more tokens. One row may be wider than KEPT_WIDTH; only its last
+        token then has logits. Raises MemoryError when there is no block left, and has changed nothing then.
         """
         rows, width = tokens.shape
+        if width > KEPT_WIDTH:
+            [fed], [count] = tokens.tolist(), counts.tolist()
+            return self.forward_prompts(first, [fed[:count]]).alone_in_row(width, count - 1)
         call = self._start(first, tokens, counts, width)
         self.lengths[first : first + rows] += counts
-        return PagedLogits(self._device, call, call.places(counts, width), self._waited)
+        return self._rows_of(call, rows, width)
+
+    def forward_prompts(self, first: int, chunks: Sequence[Sequence[int]]) -> PagedLogits:
+        """Feed a chunk of its prompt to each of the slots first, first + 1, ...: PROMPTS at most, in one call.
+
+        Returns the logits [chunks, 1, vocabulary] after each chunk, valid until the next call. Raises MemoryError as
+        `forward` does.
+        """
+        if len(chunks) == 1 and len(chunks[0]) <= KEPT_WIDTH:
+            logits = self.forward(first, np.array(chunks), np.array([len(chunks[0])], np.int32))
+            return logits.last()
+        size = sum(max(len(chunk), LEAST_WIDTH) for chunk in chunks)
+        shape = CallShape(0, 0, next((known for known in CHUNKS if known >= size), size))
+        return self._prompts_of(self._start_mixed(shape, NO_ROWS, first, chunks), chunks)
+
+    def mixes(self, rows: int, width: int, chunks: Sequence[Sequence[int]]) -> bool:
+        """Return whether `forward_mixed` can be called with such rows, in the first slots, and such chunks."""
+        return self._mixed(rows, width, chunks) is not None
+
+    def forward_mixed(
+        self, tokens: Tokens, counts: Counts, chunks: Sequence[Sequence[int]]
+    ) -> tuple[PagedLogits, PagedLogits]:
+        """Do in one call what `forward` does with the first slots and `forward_prompts` with those after them.
+
+        Returns the logits of both, valid until the next call. Raises MemoryError as they do.
+        """
+        rows, width = tokens.shape
+        shape = self._mixed(rows, width, chunks)
+        assert shape
+        call = self._start_mixed(shape, (tokens, counts), rows, chunks)
+        self.lengths[:rows] += counts
+        return self._rows_of(call, rows, width), self._prompts_of(call, chunks)
 
     def follow(self, tokens: Tokens, counts: Counts, steps: int, wishes: NDArray[np.void] | None) -> Tokens:
         """Feed row r its first counts[r] of `tokens` [rows, 1 or 2], and return what follows, int64 [rows, steps].
@@ -165,7 +206,7 @@ class PagedModel:
         rows, width = tokens.shape
         call = self._start(0, tokens, counts, width + steps)
         if wishes is not None:
-            every = np.zeros((steps, call.rows), WISH)
+            every = np.zeros((steps, call.shape.rows), WISH)
             every[:, :rows] = wishes
             wishes = every
         started = time.perf_counter()
@@ -176,9 +217,18 @@ class PagedModel:
 
     def widest(self, rows: int) -> int:
         """Return how many tokens each of so many rows may have in one call."""
-        known = (*WIDTHS, *CHUNKS) if rows == 1 else WIDTHS
-        padded = min(1 << (rows - 1).bit_length(), self.slots)
-        return max((width for width in known if padded * width <= self.most_tokens), default=LEAST_WIDTH)
+        padded = self._captured_rows(rows)
+        return max((width for width in WIDTHS if padded * width <= self.most_tokens), default=LEAST_WIDTH)
+
+    @property
+    def longest_chunk(self) -> int:
+        """Tokens of prompts that may be fed in one call."""
+        return max((chunk for chunk in CHUNKS if chunk <= self.most_tokens), default=self.widest(1))
+
+    @property
+    def prompts_at_once(self) -> int:
+        """How many prompts `forward_prompts` may be given."""
+        return PROMPTS if self.longest_chunk > KEPT_WIDTH else 1
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot; a shorter slot stays as it is."""
@@ -206,7 +256,7 @@ class PagedModel:
 
     def rehearsal(self, rows: int, width: int) -> Callable[[], None]:
         """Return the bare call that serves so many rows and tokens, without what surrounds it, to be timed."""
-        call = self._bind(*self._padded(rows, width, 0))
+        call = self._bind(self._padded(rows, width, 0))
 
         def run() -> None:
             call.run()
@@ -221,27 +271,70 @@ class PagedModel:
         for block, count in enumerate(counts.tolist()):
             assert self._allocator.references(block) == count, f"block {block} has references that nobody holds"
 
-    def _padded(self, rows: int, width: int, longest: int) -> tuple[int, int]:
-        """Return the rows and width of the call that serves so many: one that is captured, if it has room."""
-        known = (*WIDTHS, *CHUNKS) if rows == 1 else WIDTHS
-        wide = next((wide for wide in known if wide >= width), width)
+    def _captured_rows(self, rows: int) -> int:
+        return min(1 << (rows - 1).bit_length(), self.slots)
+
+    def _padded(self, rows: int, width: int, longest: int) -> CallShape:
+        """Return the call that serves so many: one that is captured, if it has room."""
+        wide = next(wide for wide in WIDTHS if wide >= width)
         if longest + wide > self.shape.context_length:
             wide = max(width, LEAST_WIDTH)
-        return min(1 << (rows - 1).bit_length(), self.slots) if wide <= KEPT_WIDTH else rows, wide
+        return CallShape(self._captured_rows(rows), wide)
+
+    def _mixed(self, rows: int, width: int, chunks: Sequence[Sequence[int]]) -> CallShape | None:
+        """Return the call that serves so many, if one is captured and has room."""
+        size = sum(max(len(chunk), LEAST_WIDTH) for chunk in chunks)
+        wide = next((wide for wide in MIXED_WIDTHS if wide >= width), None)
+        chunk = next((known for known in MIXED_CHUNKS if known >= size), None)
+        if wide is None or chunk is None or int(self.lengths[:rows].max()) + wide > self.shape.context_length:
+            return None
+        shape = CallShape(self._captured_rows(rows), wide, chunk)
+        return shape if shape.tokens <= self.most_tokens else None
 
     def _start(self, first: int, tokens: Tokens, counts: Counts, room: int) -> PagedCall:
         """Queue a call on the slots first, first + 1, ..., each with room for so many more tokens, and return it."""
         rows, width = tokens.shape
         lengths = self.lengths[first : first + rows]
-        padded_rows, padded_width = self._padded(rows, width, int(lengths.max(initial=0)))
-        room = max(room, padded_width)
+        shape = self._padded(rows, width, int(lengths.max(initial=0)))
+        room = max(room, shape.width)
         for slot, length in enumerate(lengths.tolist(), first):
             self._reserve(slot, length, length + room)
-        call = self._bind(padded_rows, padded_width)
+        call = self._bind(shape)
         started = time.perf_counter()
         call.start(tokens, lengths, counts, self._tables[first : first + rows])
         self._waited(time.perf_counter() - started)
         return call
+
+    def _start_mixed(
+        self, shape: CallShape, fed: tuple[Tokens, Counts], first: int, chunks: Sequence[Sequence[int]]
+    ) -> PagedCall:
+        """Queue a call on rows in the first slots and chunks in the slots first, first + 1, ..., and return it."""
+        tokens, counts = fed
+        rows = len(tokens)
+        for slot, length in enumerate(self.lengths[:rows].tolist()):
+            self._reserve(slot, length, length + shape.width)
+        given = []
+        for slot, chunk in enumerate(chunks, first):
+            length = int(self.lengths[slot])
+            self._reserve(slot, length, length + max(len(chunk), LEAST_WIDTH))
+            given.append(Chunk(chunk, length, self._tables[slot]))
+        call = self._bind(shape)
+        started = time.perf_counter()
+        call.start(tokens, self.lengths[:rows], counts, self._tables[:rows], given)
+        self._waited(time.perf_counter() - started)
+        self.lengths[first : first + len(chunks)] += [len(chunk) for chunk in chunks]
+        return call
+
+    def _rows_of(self, call: PagedCall, rows: int, width: int) -> PagedLogits:
+        """Return the logits of so many rows of a call."""
+        shape = call.shape
+        places = np.arange(shape.rows * shape.width).reshape(shape.rows, shape.width)[:rows, :width]
+        return PagedLogits(self._device, call, places, self._waited)
+
+    def _prompts_of(self, call: PagedCall, chunks: Sequence[Sequence[int]]) -> PagedLogits:
+        """Return the logits after the chunks of a call."""
+        places = call.shape.rows * call.shape.width + np.arange(len(chunks))[:, None]
+        return PagedLogits(self._device, call, places, self._waited)
 
     def _waited(self, seconds: float) -> None:
         self.ran_s += seconds
@@ -258,26 +351,20 @@ class PagedModel:
         while len(table) * self._size < end:
             table.append(self._allocator.take())
 
-    def _bind(self, rows: int, width: int) -> PagedCall:
-        if call := self._calls.get((rows, width)):
+    def _bind(self, shape: CallShape) -> PagedCall:
+        if call := self._calls.get(shape):
             return call
-        is_kept = width in WIDTHS or (rows == 1 and width in CHUNKS)
+        is_kept = shape.width in (0, *WIDTHS) and shape.chunk in (0, *CHUNKS)
         caches = {
             f"{layer}.{kind}": self._memory[2 * layer + place]
             for layer in range(self.shape.layers)
             for place, kind in enumerate(("key", "value"))
         }
-        call = PagedCall(
-            self._device,
-            self._session,
-            caches,
-            self._results,
-            (rows, width, self._columns),
-            self._size,
-            len(self._calls) + 1 if is_kept else None,
-        )
+        graph = len(self._calls) + 1 if is_kept else None
+        given = self._device, self._session, caches, self._results
+        call = PagedCall(*given, shape, self._columns, self._size, graph)
         if is_kept:
-            self._calls[rows, width] = call
+            self._calls[shape] = call
         return call
 
     def _open(self, threads: int, spinning: bool) -> Any:

@@ -1,10 +1,11 @@
 """Prompts on their way into slots, chunk by chunk, between the rounds of those who decode already."""
 
 import time
-
-import numpy as np
+from collections.abc import Sequence as Row
+from typing import NamedTuple
 
 from speculative_decoding.decoder import Decoder, Logits
+from speculative_decoding.paged_call import LEAST_WIDTH
 from speculative_decoding.prefix_reuse import PagedReuse, PrefixReuse
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.step_costs import StepCosts, clipped
@@ -13,7 +14,16 @@ PREFILL_CHUNK = 128  # tokens, where nothing was measured
 LEAST_CHUNK, MOST_CHUNK = 8, 512
 CHUNK_ROUNDS = 1.0  # a chunk may cost so many rounds: who is decoding then waits twice as long as otherwise
 ROUND_WEIGHT = 0.1  # of a round, in how long rounds take lately
+SHARED_TOKENS = 32  # that two prompts fed at once both compute, at most; of more the second waits, to find the first's
 LONGEST_CHUNK_S = 0.03  # when nobody waits for the next token: a cancellation is noticed after it
+
+
+class Chunk(NamedTuple):
+    """The next tokens of a sequence's prompt."""
+
+    sequence: Sequence
+    tokens: list[int]
+    is_last: bool
 
 
 class Prefill:
@@ -36,21 +46,44 @@ class Prefill:
         """Learn how long a round took."""
         self._round_s = self._round_s * clipped(seconds / self._round_s) ** ROUND_WEIGHT if self._round_s else seconds
 
-    def feed(self, slot: int, sequence: Sequence, most: int) -> tuple[int, Logits | None]:
-        """Feed at most so many tokens of a prompt, and return how many.
+    def plan(self, first: int, sequences: Row[Sequence], most: int) -> list[Chunk]:
+        """Return what is fed next of these sequences' prompts, in the slots first, first + 1, ..., in one call.
 
-        With them, once the prompt is done, the logits [1, 1, vocabulary] after its last token.
+        At most so many tokens, each prompt whole but the last. Whose prompt begins like one before it waits for that.
         """
-        if not sequence.admitted:
-            sequence.admitted = time.monotonic()
-            self._prefixes.admit(slot, sequence)
-        done = int(self._target.lengths[slot])
-        most = min(most, self._target.widest(1))
-        chunk = np.array([sequence.prompt[done : done + most]], np.int64)
-        width = chunk.shape[1]
+        left, chunks = min(most, self._target.longest_chunk), list[Chunk]()
+        for slot, sequence in enumerate(sequences, first):
+            if left <= 0 or any(self._is_computing(at, one.sequence, sequence) for at, one in enumerate(chunks, first)):
+                break
+            if not sequence.admitted:
+                sequence.admitted = time.monotonic()
+                self._prefixes.admit(slot, sequence)
+            done = int(self._target.lengths[slot])
+            tokens = sequence.prompt[done : done + left]
+            chunks.append(Chunk(sequence, tokens, done + len(tokens) == len(sequence.prompt)))
+            left -= max(len(tokens), LEAST_WIDTH)
+        return chunks
+
+    def feed(self, first: int, chunks: Row[Chunk]) -> Logits:
+        """Feed chunks to the slots first, first + 1, ..., and return the logits [chunks, 1, vocabulary] after each."""
         started = time.perf_counter()
-        logits = self._target.forward(slot, chunk, np.array([width], np.int32))
+        logits = self._target.forward_prompts(first, [chunk.tokens for chunk in chunks])
         if self._costs:
-            logits[:, -1:].argmax(-1)  # waits for the device
-            self._costs.prefill.observe(width, time.perf_counter() - started)
-        return width, logits[:, -1:] if done + width == len(sequence.prompt) else None
+            logits.argmax(-1)  # waits for the device
+            self._costs.prefill.observe(total_tokens(chunks), time.perf_counter() - started)
+        return logits
+
+    def extra_s(self, chunks: Row[Chunk]) -> float:
+        """Return the seconds that chunks add to a call that is made anyway."""
+        return self._costs.prefill.token_s * total_tokens(chunks) if self._costs else 0.0
+
+    def _is_computing(self, slot: int, one: Sequence, other: Sequence) -> bool:
+        """Return whether what a slot is about to compute is what another sequence will want to find."""
+        end = int(self._target.lengths[slot]) + SHARED_TOKENS + 1
+        begin = one.prompt[:end]
+        return len(begin) == end and begin == other.prompt[:end] and one.options.tenant == other.options.tenant
+
+
+def total_tokens(chunks: Row[Chunk]) -> int:
+    """Return how many tokens chunks have together."""
+    return sum(len(chunk.tokens) for chunk in chunks)

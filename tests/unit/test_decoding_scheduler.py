@@ -37,20 +37,20 @@ class SlotsStayTrue(RuleBasedStateMachine):
                 self.scheduler.add(*newcomers)
             assert self.scheduler.waiting == waiting
 
-    @rule()
-    def prefill(self) -> None:
-        free = len(self.scheduler.running) < SLOTS
-        before, line = self.scheduler.prefilling, self.scheduler.everyone()[len(self.scheduler.in_slots()) :]
-        chosen = self.scheduler.next_prefill()
-        assert chosen is (before or (line[0] if line and free else None))
-        if chosen and chosen is not before:
-            self.prefilled.append(chosen)
-            self.contents[len(self.scheduler.running)] = chosen
+    @rule(most=st.integers(1, SLOTS))
+    def prefill(self, most: int) -> None:
+        begun, line = list(self.scheduler.prefilling), self.scheduler.everyone()[len(self.scheduler.in_slots()) :]
+        room = min(most - len(begun), SLOTS - len(self.scheduler.in_slots()))
+        newcomers = line[: max(0, room)]
+        assert self.scheduler.next_prefills(most) == [*begun, *newcomers][:most]
+        for newcomer in newcomers:
+            self.prefilled.append(newcomer)
+            self.contents[self.scheduler.in_slots().index(newcomer)] = newcomer
 
     @precondition(lambda self: self.scheduler.prefilling)
-    @rule()
-    def start_decoding(self) -> None:
-        self.scheduler.start_decoding()
+    @rule(data=st.data())
+    def start_decoding(self, data: st.DataObject) -> None:
+        self.scheduler.start_decoding(data.draw(st.integers(1, len(self.scheduler.prefilling))))
 
     @precondition(lambda self: self.scheduler.everyone())
     @rule(data=st.data())
@@ -74,7 +74,7 @@ class SlotsStayTrue(RuleBasedStateMachine):
 
     @invariant()
     def each_slot_holds_its_sequence(self) -> None:
-        in_slots = [*self.scheduler.running, *([self.scheduler.prefilling] if self.scheduler.prefilling else [])]
+        in_slots = [*self.scheduler.running, *self.scheduler.prefilling]
         assert self.contents == dict(enumerate(in_slots))
         assert len(in_slots) <= SLOTS
 
@@ -107,7 +107,8 @@ def test_a_lower_level_is_served_before_a_higher_one_and_first_come_first_served
     waiting = [sequence(level) for level in levels]
     scheduler.add(*waiting)
     served = []
-    while chosen := scheduler.next_prefill():
+    while prefilling := scheduler.next_prefills(1):
+        [chosen] = prefilling
         served.append(waiting.index(chosen))
         scheduler.remove(chosen)
     assert served == [1, 3, 2, 0]
@@ -118,13 +119,14 @@ def test_nobody_is_let_in_beyond_the_capacity_and_nobody_overtakes_who_does_not_
     scheduler = Scheduler(SLOTS, MAX_WAITING, capacity=10, size=sizes.__getitem__)
     scheduler.add(*sizes)
     first, second, third = sizes
-    assert scheduler.next_prefill() is first
-    scheduler.start_decoding()
-    assert scheduler.next_prefill() is None
+    assert scheduler.next_prefills(3) == [first]
+    assert scheduler.next_prefills(3) == [first]
+    scheduler.start_decoding(1)
+    assert scheduler.next_prefills(1) == []
     scheduler.remove(first)
     for expected in (second, third):
-        assert scheduler.next_prefill() is expected
-        scheduler.start_decoding()
+        assert scheduler.next_prefills(1) == [expected]
+        scheduler.start_decoding(1)
 
 
 def test_with_no_queue_there_is_room_for_as_many_as_there_are_slots() -> None:

@@ -16,6 +16,7 @@ from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import execution_provider
 from speculative_decoding.options import GenerationOptions
+from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import BLOCK_TOKENS, PagedModel
 from speculative_decoding.sampling import WISH, Filters, Sampler, choose
 from speculative_decoding.sequence import Sequence
@@ -26,6 +27,7 @@ from tests.decoding import (
     PENALTIES,
     Answer,
     check_adjusted_choices,
+    check_mixed_calls,
     check_prefixes_come_back_from_the_host,
 )
 
@@ -167,6 +169,7 @@ def test_what_a_draft_feeds_itself_is_what_it_would_be_fed_step_by_step(
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Engine]:
     target, draft = load(folder), load(folder)
+    assert limit_tokens(target) and target.mixes(4, 5, [[1] * 60])
     running = Engine(target, ModelDrafter(draft), 4, 1000)
     yield running
     running.stop()
@@ -205,6 +208,10 @@ def test_speculation_changes_no_token(engine: Engine, sampling: dict[str, float]
         found.append([answer.tokens for answer in answers])
     assert found[0] == found[1]
     assert sum(sequence.accepted for sequence in sequences) > 0
+
+
+def test_rows_and_chunks_of_prompts_in_one_call_have_the_bits_that_they_have_alone(folder: Path) -> None:
+    check_mixed_calls(load(folder), load(folder))
 
 
 def test_prefixes_pushed_off_the_gpu_come_back_from_the_host(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,9 @@ from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import CPU
 from speculative_decoding.options import GenerationOptions
-from speculative_decoding.paged_call import KEPT_WIDTH
+from speculative_decoding.paged_call import KEPT_WIDTH, PROMPTS, CallShape, PagedCall
 from speculative_decoding.paged_independence import limit_tokens
-from speculative_decoding.paged_logits import PagedLogits
-from speculative_decoding.paged_model import CHUNKS, WIDTHS, PagedModel
+from speculative_decoding.paged_model import CHUNKS, MIXED_WIDTHS, WIDTHS, PagedModel
 from speculative_decoding.prefix_reuse import open_prefix_cache
 from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.sequence import Sequence
@@ -26,6 +26,7 @@ from tests.decoding import (
     PENALTIES,
     Answer,
     check_adjusted_choices,
+    check_mixed_calls,
     check_prefixes_come_back_from_the_host,
     decode_plainly,
 )
@@ -110,6 +111,12 @@ def test_logits_are_those_of_transformers_through_prefill_ragged_batch_rollback_
     bench.check(2, [bench.tokens(bench.model.context_length - 3)])  # all that fits
 
 
+def test_rows_and_chunks_of_prompts_in_one_call_have_the_bits_that_they_have_alone(
+    paged: tuple[PreTrainedModel, Path],
+) -> None:
+    check_mixed_calls(load(paged[1]), load(paged[1]))
+
+
 def test_slots_that_share_a_prefix_share_its_blocks_until_one_writes(paged: tuple[PreTrainedModel, Path]) -> None:
     bench, model = Bench(paged), load(paged[1])
     bench.model = model
@@ -177,6 +184,21 @@ def test_a_session_pins_what_both_models_keep_of_it(paged: tuple[PreTrainedModel
     assert cache.snapshot().blocks_pinned == 0
 
 
+def count_prompts(model: PagedModel, calls: list[str]) -> None:
+    """Have a model write down which calls it gets with how many prompts."""
+    forward_mixed, forward_prompts = model.forward_mixed, model.forward_prompts
+
+    def mixed(*given: Any) -> object:
+        calls.append(f"forward_mixed of {len(given[-1])}")
+        return forward_mixed(*given)
+
+    def prompts(*given: Any) -> object:
+        calls.append(f"forward_prompts of {len(given[-1])}")
+        return forward_prompts(*given)
+
+    model.forward_mixed, model.forward_prompts = mixed, prompts
+
+
 @pytest.mark.parametrize("speculation_length", [0, 4])
 @pytest.mark.parametrize(
     "sampling",
@@ -197,19 +219,25 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     bench = Bench(paged)
     shared = bench.tokens(37)
     prompts = [shared[:length] + bench.tokens(3) for length in (0, 5, 16, 20, 37, 37, 32)] * 2
-    options = GenerationOptions(max_tokens=20, ignore_eos=True, **sampling)
-    expected = [decode_plainly(alone, prompt, options)[0] for prompt in prompts]
-    drafter = ModelDrafter(draft)
+    options = [GenerationOptions(max_tokens=14 + 3 * row, ignore_eos=True, **sampling) for row in range(len(prompts))]
+    expected = [decode_plainly(alone, prompt, wish)[0] for prompt, wish in zip(prompts, options, strict=True)]
+    drafter, calls = ModelDrafter(draft), list[str]()
+    count_prompts(target, calls)
     engine = Engine(target, drafter, speculation_length, 100, measure_costs(target, drafter, 4))
     answers = [Answer() for _ in prompts]
     try:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            engine.submit(Sequence(prompt, options, answer.listen, frozenset()))
+        engine.submit(
+            *(
+                Sequence(prompt, wish, answer.listen, frozenset())
+                for prompt, wish, answer in zip(prompts, options, answers, strict=True)
+            )
+        )
         for answer in answers:
             answer.wait()
     finally:
         engine.stop()
     assert [answer.tokens for answer in answers] == expected
+    assert "forward_mixed of 1" in calls and set(calls) & {"forward_prompts of 2", "forward_prompts of 4"}
     for model in (target, draft):
         model.check_integrity()
 
@@ -218,9 +246,11 @@ def test_a_model_whose_rows_are_independent_is_fed_as_much_as_there_is_room_for(
     paged: tuple[PreTrainedModel, Path],
 ) -> None:
     model = load(paged[1])
-    longest = max(width for width in CHUNKS if width + KEPT_WIDTH <= model.context_length)
+    longest = max(chunk for chunk in CHUNKS if chunk + KEPT_WIDTH <= model.context_length)
     assert limit_tokens(model)
-    assert model.most_tokens == max(SLOTS * KEPT_WIDTH, longest) > min(CHUNKS)
+    assert model.most_tokens == SLOTS * MIXED_WIDTHS[-1] + longest
+    assert not model.lengths.any()
+    assert (model.longest_chunk, model.prompts_at_once) == (longest, PROMPTS)
 
 
 def test_biased_penalized_and_too_early_tokens_are_chosen_where_the_logits_are(
@@ -233,13 +263,19 @@ class Dependent(PagedModel):
     """A model whose last row comes out differently when more than so many tokens are fed at once."""
 
     good = 0
+    most_fed = 0
 
-    def forward(self, first: int, tokens: np.ndarray, counts: np.ndarray) -> PagedLogits:
-        logits = super().forward(first, tokens, counts)
-        if tokens.size > self.good:
-            last = logits._call.logits
-            last[len(last) - 1] += 1
-        return logits
+    def _bind(self, shape: CallShape) -> PagedCall:
+        self.most_fed = max(self.most_fed, shape.tokens)
+        call = super()._bind(shape)
+        if shape.tokens > self.good:
+            call.run = lambda: self._spoil(call)
+        return call
+
+    def _spoil(self, call: PagedCall) -> None:
+        PagedCall.run(call)
+        used = call.shape.logits if not call.shape.chunk else call.shape.logits - PROMPTS + 1
+        call.logits[used - 1] += 1
 
 
 @pytest.mark.parametrize("good", [SLOTS * 5, 3])
@@ -253,9 +289,7 @@ def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTra
     assert target.widest(SLOTS) == 5
     prompts = [Bench(paged).tokens(count) for count in (50, 3, 20, 9)]
     options = GenerationOptions(max_tokens=20, ignore_eos=True)
-    fed: list[int] = []
-    forward = target.forward
-    target.forward = lambda first, tokens, counts: fed.append(tokens.size) or forward(first, tokens, counts)
+    target.most_fed = 0
     engine = Engine(target, ModelDrafter(draft), 8, 100)
     answers = [Answer() for _ in prompts]
     engine.submit(
@@ -264,7 +298,7 @@ def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTra
     for answer in answers:
         assert answer.wait() == "length"
     engine.stop()
-    assert max(fed) <= good
+    assert 0 < target.most_fed <= good
 
 
 def test_a_folder_for_gpus_is_refused_on_the_cpu_and_the_reverse(
