@@ -3,8 +3,8 @@
 PAIR is a folder made by perf.gpu_pair: a target and a draft, trained, exported, and prompts that neither has seen. The
 pair decodes plainly and speculatively, beside ONNX Runtime GenAI and transformers. Steps of Llama shapes with random
 weights are timed against the time that reading the weights takes, at the bandwidth measured here, and against the same
-call bare. --embedder takes an ONNX sentence encoder, in fp16. The last line of output is the JSON for
-perf/results/gpu.json.
+call bare. --embedder takes an ONNX sentence encoder, in fp16, --vllm the Python of an environment that has vLLM. The
+last line of output is the JSON for perf/results/gpu.json.
 """
 
 import argparse
@@ -60,6 +60,7 @@ OTHER_PREFIXES = 30  # as many as push those asked for before off the device
 ENTRIES, DIMENSIONS, LOOKUPS = 1_000_000, 384, 200
 EMBEDDED = (1, 8, 64)  # sentences of 32 tokens at once
 EMBEDDED_TOKENS = 32
+VLLM_SCRIPT, VLLM_DRAFT_TOKENS = Path(__file__).with_name("gpu_vllm.py"), 5
 COPY_BYTES = 1 << 30
 REPEATS = 20
 console = Console(stderr=True)
@@ -286,7 +287,21 @@ def measure_embedder(path: Path) -> dict[str, float]:
 
 def in_own_process(module: str, pair: Path) -> Any:
     """Return what a module of perf prints about the pair, in a process of its own; its exit status when it fails."""
-    command = [sys.executable, "-m", module, str(pair)]
+    return last_line([sys.executable, "-m", module, str(pair)])
+
+
+def vllm_peers(python: str, pair: Path) -> dict[str, Any]:
+    """Return tokens a second of vLLM, plain and with the draft, in that Python's environment."""
+    found: dict[str, Any] = {}
+    for name, drafting in (("vLLM", []), ("vLLM, draft model", ["--draft-tokens", str(VLLM_DRAFT_TOKENS)])):
+        command = [python, str(VLLM_SCRIPT), str(pair), "--new-tokens", str(ANSWER_TOKENS), *drafting]
+        printed = last_line(command)
+        found |= {name: printed} if "error" in printed else printed
+    return found
+
+
+def last_line(command: list[str]) -> Any:
+    """Return the JSON in the last line that a command prints; its exit status when it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"error": f"exit {done.returncode}"}
 
@@ -297,6 +312,7 @@ def main() -> None:
     parser.add_argument("pair", type=Path)
     parser.add_argument("--shape", choices=SHAPES, action="append", default=[])
     parser.add_argument("--embedder", type=Path)
+    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment that has vLLM, to measure it too")
     parser.add_argument("--through-triton", action="store_true", help="serve the pair, too, as perf.gpu_triton does")
     arguments = parser.parse_args()
     cupy = importlib.import_module("cupy")
@@ -339,6 +355,8 @@ def main() -> None:
     if arguments.embedder:
         results["embedder_sentences_per_s"] = measure_embedder(arguments.embedder)
     results["peers"] = in_own_process("perf.gpu_peers", arguments.pair)
+    if arguments.vllm:
+        results["peers"] |= vllm_peers(arguments.vllm, arguments.pair)
     if arguments.through_triton:
         results["through_triton"] = in_own_process("perf.gpu_triton", arguments.pair)
     results["machine"] = {**describe_machine(), "gpu": gpu, "onnxruntime": onnxruntime.__version__}

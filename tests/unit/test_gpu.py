@@ -61,8 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(folder: Path, slots: int = 8) -> PagedModel:
-    return PagedModel(folder, slots, 0, False, execution_provider("GPU", 0))
+def load(folder: Path, slots: int = 8, gpu: int = 0) -> PagedModel:
+    return PagedModel(folder, slots, 0, False, execution_provider("GPU", gpu))
+
+
+def gpus() -> int:
+    count: int = importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+    return count
 
 
 @pytest.mark.parametrize("vocabulary", [1000, 32000, 151936])
@@ -219,6 +224,37 @@ def test_prefixes_pushed_off_the_gpu_come_back_from_the_host(folder: Path) -> No
     kept = {"cached_bytes": 2 * size, "tier_bytes": 6 * size}
     model = PagedModel(folder, 1, 0, False, execution_provider("GPU", 0), **kept)
     check_prefixes_come_back_from_the_host(model, BLOCK_TOKENS)
+
+
+def test_a_model_runs_on_the_gpu_that_it_is_given(folder: Path) -> None:
+    if gpus() < 2:
+        pytest.skip("needs two NVIDIA GPUs")
+    prompts = [np.random.default_rng(row).integers(0, TINY.vocabulary, 200 * row + 1).tolist() for row in range(4)]
+    wishes = [GenerationOptions(max_tokens=40, ignore_eos=True, seed=row, temperature=0.5 * row) for row in range(4)]
+    found = []
+    for gpu in (0, 1):
+        used = [_used_bytes(number) for number in range(2)]
+        target, draft = load(folder, 64, gpu), load(folder, 64, gpu)
+        assert limit_tokens(target)
+        assert [_used_bytes(number) > before + (50 << 20) for number, before in enumerate(used)] == [gpu == 0, gpu == 1]
+        engine = Engine(target, ModelDrafter(draft), 4, 10)
+        answers = [Answer() for _ in prompts]
+        engine.submit(
+            *(Sequence(*given, one.listen, frozenset()) for *given, one in zip(prompts, wishes, answers, strict=True))
+        )
+        for answer in answers:
+            assert answer.wait() == "length"
+        engine.stop()
+        found.append([answer.tokens for answer in answers])
+    assert found[0] == found[1]
+
+
+def _used_bytes(gpu: int) -> int:
+    cupy = importlib.import_module("cupy")
+    with cupy.cuda.Device(gpu):
+        free, total = cupy.cuda.runtime.memGetInfo()
+    used: int = total - free
+    return used
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(folder: Path) -> None:
