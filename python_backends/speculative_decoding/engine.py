@@ -145,14 +145,15 @@ class Engine:
         Returns those that may be fed with the round that follows.
         """
         is_decoding = bool(self._scheduler.running)
-        budget = self._prefill.budget(is_decoding)
+        along = is_decoding and isinstance(self._target, PagedModel)
+        budget = self._prefill.budget(is_decoding, along)
         while budget > 0:
             with self._changed:
                 sequences = self._scheduler.next_prefills(self._target.prompts_at_once)
             if not sequences:
                 break
             chunks = self._prefill.plan(len(self._scheduler.running), sequences, budget)
-            if is_decoding and isinstance(self._target, PagedModel):
+            if along:
                 return chunks
             budget -= total_tokens(chunks)
             self._feed(chunks)
@@ -199,8 +200,12 @@ class Engine:
             self._record(sequence, length, tokens)
             self._commit(slot, sequence, tokens, logits[slot])
         self.statistics.model_s += self._ran_s() - ran
-        verify_s = max(0.0, time.perf_counter() - verify_at - self._prefill.extra_s(chunks))
-        self._record_round(drafts, draft_s + verify_s, verify_s)
+        verify_s = time.perf_counter() - verify_at
+        self.statistics.rounds += 1
+        self.statistics.plain_rounds += not drafts.tokens.size
+        self.statistics.step_s += draft_s + verify_s
+        if not chunks:
+            self._learn(drafts, draft_s + verify_s, verify_s)
 
     def _ran_s(self) -> float:
         """Return the seconds spent within ONNX Runtime so far."""
@@ -239,13 +244,10 @@ class Engine:
         self._speculation.record(sequence, drafted, tokens)
         self.statistics.verified(drafted, accepted)
 
-    def _record_round(self, drafts: Drafts, seconds: float, verify_s: float) -> None:
+    def _learn(self, drafts: Drafts, seconds: float, verify_s: float) -> None:
         """Learn from what a round took, and its part after drafting: verifying, choosing and committing."""
         self._speculation.record_round(drafts, seconds, verify_s)
         self._prefill.record_round(seconds)
-        self.statistics.rounds += 1
-        self.statistics.plain_rounds += not drafts.tokens.size
-        self.statistics.step_s += seconds
 
     def _commit(self, slot: int, sequence: Sequence, tokens: list[int], logits: Logits) -> None:
         """Add tokens to a running sequence, roll both models back to what stands, and emit; end it where it ends."""

@@ -35,12 +35,12 @@ class Prefill:
         self._costs = costs
         self._round_s = 0.0  # lately
 
-    def budget(self, decoding: bool) -> int:
-        """Return how many tokens may be fed before the next round, if there are sequences `decoding`."""
+    def budget(self, decoding: bool, along: bool) -> int:
+        """Return how many tokens may be fed before the next round, if there are sequences `decoding`, or with it."""
         if self._costs is None:
             return PREFILL_CHUNK
         seconds = min(CHUNK_ROUNDS * self._round_s, LONGEST_CHUNK_S) if decoding else LONGEST_CHUNK_S
-        return min(max(self._costs.prefill.tokens(seconds), LEAST_CHUNK), MOST_CHUNK)
+        return min(max(self._costs.prefill.tokens(seconds, along), LEAST_CHUNK), MOST_CHUNK)
 
     def record_round(self, seconds: float) -> None:
         """Learn how long a round took."""
@@ -72,10 +72,6 @@ class Prefill:
             logits.argmax(-1)  # waits for the device
             self._costs.prefill.observe(total_tokens(chunks), time.perf_counter() - started)
         return logits
-
-    def extra_s(self, chunks: Row[Chunk]) -> float:
-        """Return the seconds that chunks add to a call that is made anyway."""
-        return self._costs.prefill.token_s * total_tokens(chunks) if self._costs else 0.0
 
     def _is_computing(self, slot: int, one: Sequence, other: Sequence) -> bool:
         """Return whether what a slot is about to compute is what another sequence will want to find."""

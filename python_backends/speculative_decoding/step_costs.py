@@ -53,7 +53,7 @@ class PrefillCost:
 
     def __init__(self, call_s: float, token_s: float) -> None:
         self._call_s = call_s
-        self.token_s = token_s
+        self._token_s = token_s
 
     @classmethod
     def through(cls, one: tuple[int, float], other: tuple[int, float]) -> "PrefillCost":
@@ -63,17 +63,20 @@ class PrefillCost:
 
     def seconds(self, tokens: int) -> float:
         """Return what a chunk of so many tokens costs."""
-        return self._call_s + self.token_s * tokens
+        return self._call_s + self._token_s * tokens
 
-    def tokens(self, seconds: float) -> int:
-        """Return how many tokens a chunk of so many seconds has, none when the call alone takes longer."""
-        return max(0, int((seconds - self._call_s) / self.token_s))
+    def tokens(self, seconds: float, along: bool = False) -> int:
+        """Return how many tokens a chunk of so many seconds has, none when the call alone takes longer.
+
+        along: it is taken along by a call that is made anyway.
+        """
+        return max(0, int((seconds - (0.0 if along else self._call_s)) / self._token_s))
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take in what a chunk took."""
         change = clipped(seconds / self.seconds(tokens)) ** OWN_WEIGHT
         self._call_s *= change
-        self.token_s *= change
+        self._token_s *= change
 
 
 class StepCosts(NamedTuple):
