@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,10 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
     found: dict[str, Any] = {kind: {} for kind in (*ways, "acceptance_rate", "first_token_ms")}
     for at_once in AT_ONCE:
         some = prompts[: max(16, 3 * at_once)]
-        for kind, way in [*ways.items()] * 2:  # the first turn warms up
+        for turn, (kind, way) in product(range(2), ways.items()):  # the first turn warms up
             pair.target.takes_along = "apart" not in kind
-            _, speed = pair.answer(some, [way] * len(some), at_once)
+            stranger = replace(way, tenant=f"{kind}, {at_once} at once, turn {turn}")  # finds nobody's prefixes
+            _, speed = pair.answer(some, [stranger] * len(some), at_once)
             found[kind][str(at_once)] = round(speed["tokens_per_s"], 1)
             if kind == "speculative":
                 found["acceptance_rate"][str(at_once)] = round(speed["acceptance_rate"], 3)

@@ -74,13 +74,13 @@ class CudaDevice(Device):
             raise OutOfDeviceMemoryError(f"{size} bytes of the host's memory cannot be page-locked: {error}") from error
         return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
-    def save(self, array: Array, column: int, host: NDArray[Any]) -> None:
-        for plane, there in zip(array, host, strict=True):
-            self._move(there.ctypes.data, self.address(plane[column]), there.nbytes, "memcpyDeviceToHost")
+    def save(self, array: Array, host: NDArray[Any]) -> None:
+        for here, there in zip(array, host, strict=True):
+            self._move(there.ctypes.data, self.address(here), there.nbytes, "memcpyDeviceToHost")
 
-    def load(self, array: Array, column: int, host: NDArray[Any]) -> None:
-        for plane, there in zip(array, host, strict=True):
-            self._move(self.address(plane[column]), there.ctypes.data, there.nbytes, "memcpyHostToDevice")
+    def load(self, array: Array, host: NDArray[Any]) -> None:
+        for here, there in zip(array, host, strict=True):
+            self._move(self.address(here), there.ctypes.data, there.nbytes, "memcpyHostToDevice")
 
     def argmax(self, logits: Array, chosen: Array) -> None:
         self._launch("argmax", logits, len(logits), THREADS, (logits, chosen, np.int32(logits.shape[1])))

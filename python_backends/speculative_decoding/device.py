@@ -54,12 +54,12 @@ class Device(ABC):
         """Return memory of the host for `save` and `load`. Raises OutOfDeviceMemoryError."""
 
     @abstractmethod
-    def save(self, array: Array, column: int, host: NDArray[Any]) -> None:
-        """Queue a copy of array[:, column] to `host`, page-locked and of its shape."""
+    def save(self, array: Array, host: NDArray[Any]) -> None:
+        """Queue a copy to `host`, page-locked and of the same shape; of both, each part [n] is contiguous."""
 
     @abstractmethod
-    def load(self, array: Array, column: int, host: NDArray[Any]) -> None:
-        """Queue a copy of `host` to array[:, column]."""
+    def load(self, array: Array, host: NDArray[Any]) -> None:
+        """Queue a copy the other way."""
 
     @abstractmethod
     def argmax(self, logits: Array, chosen: Array) -> None:
@@ -122,11 +122,11 @@ class HostDevice(Device):
     def page_locked(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         return np.zeros(shape, dtype)
 
-    def save(self, array: Array, column: int, host: NDArray[Any]) -> None:
-        host[...] = array[:, column]
+    def save(self, array: Array, host: NDArray[Any]) -> None:
+        host[...] = array
 
-    def load(self, array: Array, column: int, host: NDArray[Any]) -> None:
-        array[:, column] = host
+    def load(self, array: Array, host: NDArray[Any]) -> None:
+        array[...] = host
 
     def argmax(self, logits: Array, chosen: Array) -> None:
         chosen[...] = logits.argmax(-1)

@@ -10,7 +10,7 @@ class HostTier:
     """
 
     def __init__(self, device: Device, memory: Array, blocks: int) -> None:
-        """`memory`: the device's, [planes, blocks of the device, ...]. Raises OutOfDeviceMemoryError."""
+        """`memory`: the device's, [planes, its blocks, tokens of a block, ...]. Raises OutOfDeviceMemoryError."""
         planes, _, *block = memory.shape
         self.blocks = blocks
         self._device = device
@@ -30,10 +30,10 @@ class HostTier:
         """Return the places that are not free."""
         return set(range(self.blocks)) - set(self._free)
 
-    def save(self, block: int, place: int) -> None:
-        """Copy a block of the device to a place."""
-        self._device.save(self._memory, block, self._host[place])
+    def save(self, block: int, place: int, tokens: int) -> None:
+        """Copy the first so many tokens of a block of the device to a place."""
+        self._device.save(self._memory[:, block, :tokens], self._host[place][:, :tokens])
 
-    def load(self, place: int, block: int) -> None:
-        """Copy what is at a place to a block of the device."""
-        self._device.load(self._memory, block, self._host[place])
+    def load(self, place: int, block: int, tokens: int) -> None:
+        """Copy the first so many tokens of what is at a place to a block of the device."""
+        self._device.load(self._memory[:, block, :tokens], self._host[place][:, :tokens])

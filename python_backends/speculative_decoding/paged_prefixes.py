@@ -250,7 +250,7 @@ class PagedPrefixes:
         if len(self._nodes) >= self._most and not any(self._leaves()):
             return False
         block = self.allocator.take()
-        self._tier.load(node.place, block)
+        self._tier.load(node.place, block, len(node.tokens))
         self._leave_tier(node)  # whose place may be what the next one needs
         node.place = block
         self._make_room(0)
@@ -288,7 +288,7 @@ class PagedPrefixes:
             self._drop(leaf)
             return
         assert self._tier
-        self._tier.save(leaf.place, place)
+        self._tier.save(leaf.place, place, len(leaf.tokens))
         self.allocator.release([leaf.place])
         self._nodes.remove(leaf)
         self._in_tier.add(leaf)

@@ -301,6 +301,13 @@ def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTra
     assert 0 < target.most_fed <= good
 
 
+def test_what_is_fed_ends_where_the_tile_begins_in_which_bits_differ(paged: tuple[PreTrainedModel, Path]) -> None:
+    target = Dependent(paged[1], SLOTS, 1, False, block_tokens=BLOCK)
+    target.good = 150
+    assert limit_tokens(target)
+    assert target.most_tokens == 128
+
+
 def test_a_folder_for_gpus_is_refused_on_the_cpu_and_the_reverse(
     paged: tuple[PreTrainedModel, Path], exported: Callable[[str], Export]
 ) -> None:
