@@ -9,7 +9,7 @@ from speculative_decoding.adjustments import Adjustments
 from speculative_decoding.decoder import Logits
 from speculative_decoding.noise import Stream, key_of, uniform
 from speculative_decoding.paged_logits import PagedLogits
-from speculative_decoding.sampling import Distribution, sample
+from speculative_decoding.sampling import Distribution, sample, wishes_of
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.speculation import Drafts
 
@@ -41,7 +41,7 @@ def choose_together(sequences: Row[Sequence], drafted: Row[Row[int]], logits: Lo
         return [None] * len(together)
     if isinstance(logits, PagedLogits) and not all(sequence.options.is_bare for sequence in sequences):
         width = logits.shape[1]
-        wishes = np.stack([sequence.sampler.wishes(width) for sequence in sequences])
+        wishes = wishes_of([sequence.sampler for sequence in sequences], width)
         chosen = logits.choose(wishes, _adjustments(sequences, drafted, width))
     else:
         chosen = logits.argmax(-1)

@@ -14,7 +14,7 @@ from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
 from speculative_decoding.paged_model import PagedModel
-from speculative_decoding.sampling import Distribution
+from speculative_decoding.sampling import Distribution, wishes_of
 from speculative_decoding.sequence import Sequence
 
 
@@ -95,7 +95,7 @@ class ModelDrafter(Drafter):
         tokens, counts = self._unseen(sequences, lengths)
         sampled = [row for row in range(rows) if lengths[row] and not sequences[row].options.is_bare]
         if isinstance(self._model, PagedModel) and not any(sequences[row].by_rejection for row in sampled):
-            wishes = np.stack([one.sampler.wishes(longest) for one in sequences], axis=1) if sampled else None
+            wishes = wishes_of([one.sampler for one in sequences], longest).T if sampled else None
             return Proposals(self._model.follow(tokens, counts, longest, wishes), {})
         if not sampled and (loop := self._loop(rows, longest)):
             return Proposals(loop.run(tokens, counts)[:, :longest], {})

@@ -1,6 +1,7 @@
 """Random numbers that depend on what they are for, and not on who asks, in which order or how often."""
 
 import enum
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,10 +41,11 @@ def key_of(seed: int, position: int, stream: Stream) -> int:
     return _mix((_mix(seed & MASK) + position * len(Stream) + stream) & MASK)
 
 
-def keys_of(seed: int, positions: NDArray[np.int64], stream: Stream) -> NDArray[np.uint64]:
-    """Return key_of() of each position."""
+def keys_of(seeds: Sequence[int], positions: NDArray[np.int64], stream: Stream) -> NDArray[np.uint64]:
+    """Return key_of() of each of `positions` [rows, any number], a row for each seed."""
+    begins = np.array([(_mix(seed & MASK) + GOLDEN) & MASK for seed in seeds], np.uint64)
     counters = positions.astype(np.uint64) * np.uint64(len(Stream)) + np.uint64(stream)
-    return _mixed(counters + np.uint64((_mix(seed & MASK) + GOLDEN) & MASK))
+    return _mixed(counters + begins[:, None])
 
 
 def _bits(key: int, tokens: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -63,6 +63,8 @@ class Sampler:
         self._length = len(prompt)
         self._adjuster = Adjuster(options, prompt, ends)
         self._filters = Filters.of(options)
+        temperature, top_k, top_p, least = self._filters
+        self.wish = 0, temperature, top_p, least, top_k  # WISH, but for the key
         self.seed = secrets.randbelow(MAX_SEED + 1) if options.seed is None else options.seed
 
     def commit(self, tokens: list[int]) -> None:
@@ -94,16 +96,7 @@ class Sampler:
         entries = self._adjuster.entries(drafted=drafted)
         return Adjustments(entries, self._adjuster.places(len(entries), len(drafted) + 1, self._missing(())))
 
-    def wishes(self, count: int) -> NDArray[np.void]:
-        """Return how the next `count` tokens are chosen, WISH [count], but for what adjustments() says."""
-        wishes = np.zeros(count, WISH)
-        if self._filters.temperature:
-            for name, value in zip(Filters._fields, self._filters, strict=True):
-                wishes[name] = value
-            wishes["key"] = keys_of(self.seed, np.arange(self._length, self._length + count), Stream.CHOICE)
-        return wishes
-
-    def position(self, ahead: Ahead[int]) -> int:
+    def position(self, ahead: Ahead[int] = ()) -> int:
         """Return the place in the sequence of the token after `ahead`, which keys its noise."""
         return self._length + len(ahead)
 
@@ -122,6 +115,14 @@ class Sampler:
         [place] = self._adjuster.places(len(entries), 1, self._missing(ahead))
         adjust(logits, entries, place)
         return logits
+
+
+def wishes_of(samplers: Ahead[Sampler], count: int) -> NDArray[np.void]:
+    """Return how the next `count` tokens of each are chosen but for adjustments, WISH [samplers, count]."""
+    wishes = np.repeat(np.array([sampler.wish for sampler in samplers], WISH)[:, None], count, axis=1)
+    positions = np.array([[sampler.position()] for sampler in samplers]) + np.arange(count)
+    wishes["key"] = keys_of([sampler.seed for sampler in samplers], positions, Stream.CHOICE)
+    return wishes
 
 
 def choose(logits: Row, filters: Filters, key: int) -> int:

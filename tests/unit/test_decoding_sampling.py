@@ -11,7 +11,7 @@ from speculative_decoding.adjustments import adjust
 from speculative_decoding.logprobs import token_logprobs
 from speculative_decoding.noise import MAX_GUMBEL, Stream, gumbel, key_of, keys_of, uniform
 from speculative_decoding.options import GenerationOptions
-from speculative_decoding.sampling import Filters, Sampler, choose
+from speculative_decoding.sampling import Filters, Sampler, choose, wishes_of
 
 VOCABULARY = 24
 ENDS = frozenset({3, 5})
@@ -161,13 +161,13 @@ def test_the_noise_is_gumbels_and_differs_by_seed_position_token_and_purpose() -
 def test_the_keys_of_many_positions_are_those_of_each() -> None:
     for seed in (0, 7, 2**63 - 1):
         expected = [key_of(seed, position, Stream.DRAFT) for position in range(90, 120)]
-        assert keys_of(seed, np.arange(90, 120), Stream.DRAFT).tolist() == expected
+        assert keys_of([seed], np.arange(90, 120)[None], Stream.DRAFT).tolist() == [expected]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 5}, {"temperature": 1.2, "min_p": 0.1}])
 def test_wishes_are_choices_that_do_not_depend_on_the_tokens_before(options: dict[str, float]) -> None:
     made = Sampler(GenerationOptions(seed=5, **options), [1, 2], ENDS)
-    wishes = made.wishes(3)
+    [wishes] = wishes_of([made], 3)
     assert not made.looks_back
     logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
     for place in range(3):

@@ -18,7 +18,7 @@ from speculative_decoding.execution_provider import execution_provider
 from speculative_decoding.options import GenerationOptions
 from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import BLOCK_TOKENS, PagedModel
-from speculative_decoding.sampling import WISH, Filters, Sampler, choose
+from speculative_decoding.sampling import WISH, Filters, Sampler, choose, wishes_of
 from speculative_decoding.sequence import Sequence
 
 from perf.paged_shapes import Llama, write_llama
@@ -77,7 +77,7 @@ def test_a_gpu_chooses_as_the_cpu_does(device: CudaDevice, vocabulary: int, dtyp
     rows = 16 * len(FILTERS)
     logits = (3 * rng.standard_normal((rows, vocabulary))).astype(dtype)
     wishes = np.concatenate(
-        [Sampler(GenerationOptions(seed=3, **FILTERS[row % len(FILTERS)]), [1] * row, frozenset()).wishes(1)
+        [wishes_of([Sampler(GenerationOptions(seed=3, **FILTERS[row % len(FILTERS)]), [1] * row, frozenset())], 1)[0]
          for row in range(rows)]
     )  # fmt: skip
     there, chosen = device.zeros(logits.shape, dtype), device.zeros((rows,), np.int32)
@@ -130,7 +130,8 @@ def test_biased_penalized_and_too_early_tokens_are_chosen_on_the_gpu(folder: Pat
 def test_of_equal_logits_the_lower_token_comes_first(device: CudaDevice) -> None:
     wishes = np.zeros(300, WISH)
     for row in range(300):
-        [wishes[row]] = Sampler(GenerationOptions(temperature=1.0, top_k=7, seed=row), [1], frozenset()).wishes(1)
+        sampler = Sampler(GenerationOptions(temperature=1.0, top_k=7, seed=row), [1], frozenset())
+        [[wishes[row]]] = wishes_of([sampler], 1)
     logits, chosen = device.zeros((300, 5000), np.float16), device.zeros((300,), np.int32)
     given = device.zeros((wishes.nbytes,), np.uint8)
     device.upload(given, wishes.view(np.uint8))
@@ -156,7 +157,7 @@ def test_what_a_draft_feeds_itself_is_what_it_would_be_fed_step_by_step(
             model.forward(slot, prompt[None, :-2], np.array([38], np.int32))
 
     begin()
-    wishes = np.stack([sampler.wishes(steps) for sampler in samplers], axis=1)
+    wishes = wishes_of(samplers, steps).T
     followed = model.follow(tokens, counts, steps, wishes if sampling else None)
     assert model.lengths[:5].tolist() == [38 + count + steps - 1 if count else 38 for count in counts]
     begin()
