@@ -1,14 +1,18 @@
 """How many paraphrases are found, and how many near misses are served, by system."""
 
+import random
+import re
 from collections.abc import Sequence
+from string import ascii_lowercase
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perf.prompt_pairs import Pair, make_verifier  # puts python_backends on the path
+from perf.prompt_pairs import Pair, cosines, embed_all, make_verifier  # puts python_backends on the path
 
 from semantic_cache.cache import Judge  # isort: skip
 from semantic_cache.policy import VERIFIED_THRESHOLD  # isort: skip
+from semantic_cache.verifier.slips import are_neighbours  # isort: skip
 from semantic_cache.verifier.verifier import Verifier  # isort: skip
 
 THRESHOLDS = [round(0.80 + 0.01 * step, 2) for step in range(20)]
@@ -45,6 +49,30 @@ def verified(pairs: Sequence[Pair], cosines: Sequence[float]) -> dict[str, Quali
     return {
         name: quality(pairs, _probabilities(judge, pairs, cosines) >= least) for name, (judge, least) in judges.items()
     }
+
+
+def mistyped(pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return how many of the pairs' first prompts are found when a word is typed wrong, and how many there are."""
+    rng = random.Random(0)
+    prompts = sorted({pair.first for pair in pairs})
+    typed = [(prompt, slip) for prompt in prompts if (slip := _type_wrong(prompt, rng)) != prompt]
+    vectors = embed_all(sorted({prompt for both in typed for prompt in both}))
+    as_pairs = [Pair(prompt, slip, "paraphrase", "mistyped", "", "") for prompt, slip in typed]
+    probabilities = _probabilities(make_verifier(), as_pairs, cosines(as_pairs, vectors))
+    return {"found": round(float((probabilities >= 0.5).mean()), 4), "prompts": len(typed)}
+
+
+def _type_wrong(prompt: str, rng: random.Random) -> str:
+    """Exchange, leave out or double a letter of a word of four or more, or hit a key beside it, each as often."""
+    word = rng.choice(list(re.finditer(r"[A-Za-z]{4,}", prompt)) or [None])
+    if word is None:
+        return prompt
+    at = rng.randrange(word.start(), word.end())
+    here, kind = prompt[at], rng.choice(("exchange", "leave out", "double", "beside"))
+    if kind == "exchange" and at + 1 < word.end():
+        return prompt[:at] + prompt[at + 1] + here + prompt[at + 2 :]
+    beside = [letter for letter in ascii_lowercase if letter != here.lower() and are_neighbours(letter, here.lower())]
+    return prompt[:at] + {"leave out": "", "double": 2 * here}.get(kind, rng.choice(beside)) + prompt[at + 1 :]
 
 
 def _probabilities(judge: Judge, pairs: Sequence[Pair], cosines: Sequence[float]) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ from semantic_cache.embedder import Embedder, Tokens, Vector
 from semantic_cache.pair_model import PairModel
 from semantic_cache.policy import Policy
 from semantic_cache.verifier.pair_verifier import PairVerifier
+from semantic_cache.verifier.slips import Slips
 from semantic_cache.verifier.verifier import Verifier
 
 PAIRS = Path(__file__).parent / "data" / "prompt_pairs.jsonl"
@@ -55,7 +56,8 @@ def make_embedder() -> Embedder:
 
 def make_verifier() -> PairVerifier:
     """Return the verifier as it is served, with the pair model of the built model repository, without a server."""
-    return PairVerifier(Verifier.load(), make_pair_model(), Policy().pair_model)
+    model = make_pair_model()
+    return PairVerifier(Verifier.load(), model, Policy().pair_model, Slips(model.words()))
 
 
 def make_pair_model() -> PairModel:

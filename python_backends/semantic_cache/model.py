@@ -40,6 +40,7 @@ from semantic_cache.store import StoreError
 from semantic_cache.text_model import TextModel
 from semantic_cache.upstream import Upstream
 from semantic_cache.verifier.pair_verifier import PairVerifier
+from semantic_cache.verifier.slips import Slips
 from semantic_cache.verifier.verifier import Verifier
 
 TIDY_INTERVAL_S = 10.0
@@ -260,7 +261,7 @@ def _verifier(policy: Policy, tokenizer_file: Path) -> Verifier | PairVerifier |
     if not policy.pair_model:
         return words
     score = PairModel(tokenizer_file, partial(_infer, policy.pair_model, "logit"))
-    return PairVerifier(words, score, policy.pair_model)
+    return PairVerifier(words, score, policy.pair_model, Slips(score.words()))
 
 
 def _embed(model: str, input_ids: Tokens, attention_mask: Tokens) -> Vector:

@@ -26,6 +26,10 @@ class PairModel:
         self._unknown = self._tokenizer.token_to_id("[UNK]")
         self._infer = infer
 
+    def words(self) -> frozenset[str]:
+        """Return the words that are one token each, in lower case: the common ones."""
+        return frozenset(token for token in self._tokenizer.get_vocab() if token.isascii() and token.isalpha())
+
     def __call__(self, first: str, second: str) -> float | None:
         """Score a pair. Raises what the model raises, ValueError for nonsense."""
         encoding = self._tokenizer.encode(first, second)

@@ -2,6 +2,7 @@
 
 import pytest
 from semantic_cache.verifier.pair_verifier import AGREED, MOST_ASKED, REFUSED, PairVerifier
+from semantic_cache.verifier.slips import Slips
 from semantic_cache.verifier.verifier import MOST_CHARACTERS, Verifier
 
 from perf.prompt_pairs import make_verifier
@@ -22,7 +23,7 @@ class Score:
 
 
 def judge(score: Score, *stored: str) -> list[str | None]:
-    verifier = PairVerifier(Verifier.load(), score, "pair_model:1")
+    verifier = PairVerifier(Verifier.load(), score, "pair_model:1", Slips({"delete", "folder"}))
     return [verdict.refusal for verdict in verifier.verdicts(PROMPT, [(text, 0.9) for text in stored])]
 
 
@@ -42,6 +43,7 @@ def test_what_words_say_sets_how_sure_the_model_must_be() -> None:
         "how do i delete a folder",
         "Hi there! How do I delete a folder?",
         "Can you help me? How do I delete a folder, please",
+        "How do I dleete a foldder?",
     ],
 )
 def test_the_same_words_are_served_without_asking(stored: str) -> None:
@@ -52,7 +54,7 @@ def test_the_same_words_are_served_without_asking(stored: str) -> None:
 
 def test_literals_that_differ_in_case_are_refused_whatever_the_model_says() -> None:
     score = Score(9.0)
-    verifier = PairVerifier(Verifier.load(), score, "pair_model:1")
+    verifier = PairVerifier(Verifier.load(), score, "pair_model:1", Slips({"delete", "folder"}))
     [verdict] = verifier.verdicts("What does ls -r do?", [("Tell me what ls -R does", 0.99)])
     assert verdict.refusal == "literal"
     assert not score.asked
@@ -90,6 +92,9 @@ def test_of_many_candidates_few_are_asked_about() -> None:
         ("How do I disable the firewall on Ubuntu?", "How do I turn on the firewall on Ubuntu?", False),
         ("Which planet is closest to the sun?", "Which planet is farthest from the sun?", False),
         ("Refund my order 48213", "Refund my order 48231", False),
+        ("how do i recieve an email in pyhton", "How do I receive an email in python?", True),
+        ("which foods are high in insulin", "which foods are high in inulin", False),
+        ("What is the formula of sodium nitrate?", "What is the formula of sodium nitrite?", False),
     ],
 )
 def test_the_shipped_model_and_weights_tell_the_same_from_the_similar(first: str, second: str, same: bool) -> None:

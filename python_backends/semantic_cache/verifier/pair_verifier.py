@@ -2,6 +2,7 @@
 
 The model has learned what near misses look like, and takes any small difference for one that matters. So it is not
 asked where the words are the same, may object where they are said to ask the same, and must be sure where they are not.
+Words typed wrong are put right before.
 """
 
 import math
@@ -15,16 +16,18 @@ AGREED, REFUSED = -2.0, 2.0
 MOST_ASKED = 3  # candidates of a lookup that the model looks at
 
 Score = Callable[[str, str], float | None]  # a pair's logit, None for a pair too long to be read
+Mend = Callable[[str, str], tuple[str, str]]  # two prompts without their slips of the key
 
 
 class PairVerifier:
     """Judges candidates by their words and the pair model. `version` is part of every partition."""
 
-    def __init__(self, words: Verifier, score: Score, model: str) -> None:
+    def __init__(self, words: Verifier, score: Score, model: str, mend: Mend) -> None:
         """`model` names the pair model and its version."""
         self._words = words
         self._score = score
-        self.version = f"{words.version} {model} {AGREED} {REFUSED}"
+        self._mend = mend
+        self.version = f"{words.version} {model} {AGREED} {REFUSED} mended"
 
     def verdicts(self, prompt: str, candidates: Sequence[tuple[str, float]]) -> Iterator[Verdict]:
         """Judge stored prompts with their cosines, the most similar first: as many as the model may be asked about.
@@ -32,8 +35,12 @@ class PairVerifier:
         Raises what the model raises.
         """
         for stored, similarity in candidates[:MOST_ASKED]:
-            words = self._words.judge(prompt, stored, similarity)
-            yield words if words.is_settled else self._weighed(words, prompt, stored)
+            asked, known = self._mend(prompt, stored)
+            if asked == known:
+                yield Verdict(None, 1.0, is_settled=True)
+                continue
+            words = self._words.judge(asked, known, similarity)
+            yield words if words.is_settled else self._weighed(words, asked, known)
 
     def _weighed(self, words: Verdict, prompt: str, stored: str) -> Verdict:
         logit = self._score(prompt, stored)
