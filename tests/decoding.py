@@ -1,9 +1,11 @@
 """What tests of decoding share: a listener, and decoding token by token, which every answer must equal."""
 
 import threading
+from collections.abc import Iterable
 
 import numpy as np
 from speculative_decoding.acceptance import choose_together
+from speculative_decoding.engine import Engine
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.options import GenerationOptions
 from speculative_decoding.paged_model import PagedModel
@@ -62,6 +64,18 @@ ADJUSTED = (
     {"min_tokens": 3},
     {"presence_penalty": -0.7, "min_tokens": 2, "logit_bias": ((5, 4.0),)},
 )
+
+
+def decode_all(
+    engine: Engine, prompts: Iterable[list[int]], options: Iterable[GenerationOptions]
+) -> tuple[list[list[int]], list[Sequence]]:
+    """Have prompts answered at once, each to its last token, and return the answers, and the sequences."""
+    answers = [(prompt, wish, Answer()) for prompt, wish in zip(prompts, options, strict=True)]
+    sequences = [Sequence(prompt, wish, answer.listen, frozenset()) for prompt, wish, answer in answers]
+    engine.submit(*sequences)
+    for _, _, answer in answers:
+        assert answer.wait() == "length"
+    return [answer.tokens for _, _, answer in answers], sequences
 
 
 def check_adjusted_choices(model: PagedModel, rows: int = 4, width: int = 5) -> None:

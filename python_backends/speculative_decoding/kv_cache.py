@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from speculative_decoding.block_pool import QUARTERS, BlockPool, pool_bytes
-from speculative_decoding.kv_integrity import IntegrityError, check_counts, check_places, check_tree, require
+from speculative_decoding.kv_integrity import check_counts, check_places, check_tree, counting, require
 from speculative_decoding.kv_layout import BlockLayout, SlotMemory
 from speculative_decoding.kv_memory import (
     KVCacheSettings,
@@ -176,12 +176,8 @@ class KVCache:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError when blocks, references, pins or bytes do not add up. Takes time with many blocks."""
-        self._counters.integrity_checks += 1
-        try:
+        with counting(self._counters):
             self._check()
-        except IntegrityError:
-            self._counters.integrity_errors += 1
-            raise
 
     def _check(self) -> None:
         metrics = self.snapshot()

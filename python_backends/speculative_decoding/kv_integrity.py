@@ -1,9 +1,11 @@
 """Whether the parts of the key/value cache agree with each other."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from speculative_decoding.block_pool import QUARTERS, BlockPool, Place
+from speculative_decoding.kv_metrics import KVCacheCounters
 from speculative_decoding.prefix_tree import Node, PrefixTree, chain
 
 
@@ -15,6 +17,17 @@ def require(condition: bool, message: str) -> None:
     """Raise IntegrityError unless the condition holds."""
     if not condition:
         raise IntegrityError(message)
+
+
+@contextmanager
+def counting(counters: KVCacheCounters) -> Iterator[None]:
+    """Count what is done within as a check, and an IntegrityError of it."""
+    counters.integrity_checks += 1
+    try:
+        yield
+    except IntegrityError:
+        counters.integrity_errors += 1
+        raise
 
 
 def check_tree(tree: PrefixTree, models: int) -> None:

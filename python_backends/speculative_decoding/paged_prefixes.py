@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from speculative_decoding.host_tier import HostTier
-from speculative_decoding.kv_integrity import IntegrityError, require
+from speculative_decoding.kv_integrity import counting, require
 from speculative_decoding.kv_metrics import KVCacheCounters, KVCacheMetrics
 from speculative_decoding.paged_blocks import BlockAllocator
 from speculative_decoding.pins import PINNED_SHARE, Pins
@@ -166,13 +166,8 @@ class PagedPrefixes:
 
     def check_integrity(self) -> None:
         """Raise IntegrityError when blocks, places or pins do not add up."""
-        with self._lock:
-            self._counters.integrity_checks += 1
-            try:
-                self._check()
-            except IntegrityError:
-                self._counters.integrity_errors += 1
-                raise
+        with self._lock, counting(self._counters):
+            self._check()
 
     def _check(self) -> None:
         assert self.allocator

@@ -19,16 +19,15 @@ from speculative_decoding.options import GenerationOptions
 from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import BLOCK_TOKENS, PagedModel
 from speculative_decoding.sampling import WISH, Filters, Sampler, choose, wishes_of
-from speculative_decoding.sequence import Sequence
 
 from perf.paged_shapes import Llama, write_llama
 from tests.decoding import (
     ADJUSTED,
     PENALTIES,
-    Answer,
     check_adjusted_choices,
     check_mixed_calls,
     check_prefixes_come_back_from_the_host,
+    decode_all,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -196,22 +195,14 @@ def test_speculation_changes_no_token(engine: Engine, sampling: dict[str, float]
     prompts = [rng.integers(0, TINY.vocabulary, length).tolist() for length in rng.integers(1, 300, 24)]
     found = []
     for length in (0, None):
-        answers = [Answer() for _ in prompts]
-        sequences = [
-            Sequence(
-                prompt,
-                GenerationOptions(
-                    max_tokens=40, seed=number, ignore_eos=True, speculation_length=length, drafter="model", **sampling
-                ),
-                answer.listen,
-                frozenset(),
+        options = [
+            GenerationOptions(
+                max_tokens=40, seed=number, ignore_eos=True, speculation_length=length, drafter="model", **sampling
             )
-            for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+            for number in range(len(prompts))
         ]
-        engine.submit(*sequences)
-        for answer in answers:
-            assert answer.wait() == "length"
-        found.append([answer.tokens for answer in answers])
+        answers, sequences = decode_all(engine, prompts, options)
+        found.append(answers)
     assert found[0] == found[1]
     assert sum(sequence.accepted for sequence in sequences) > 0
 
@@ -239,14 +230,8 @@ def test_a_model_runs_on_the_gpu_that_it_is_given(folder: Path) -> None:
         assert limit_tokens(target)
         assert [_used_bytes(number) > before + (50 << 20) for number, before in enumerate(used)] == [gpu == 0, gpu == 1]
         engine = Engine(target, ModelDrafter(draft), 4, 10)
-        answers = [Answer() for _ in prompts]
-        engine.submit(
-            *(Sequence(*given, one.listen, frozenset()) for *given, one in zip(prompts, wishes, answers, strict=True))
-        )
-        for answer in answers:
-            assert answer.wait() == "length"
+        found.append(decode_all(engine, prompts, wishes)[0])
         engine.stop()
-        found.append([answer.tokens for answer in answers])
     assert found[0] == found[1]
 
 

@@ -17,17 +17,16 @@ from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import CHUNKS, MIXED_WIDTHS, WIDTHS, PagedModel
 from speculative_decoding.prefix_reuse import open_prefix_cache
 from speculative_decoding.reuse_settings import ReuseSettings
-from speculative_decoding.sequence import Sequence
 from speculative_decoding.warm_up import measure_costs
 from transformers import PreTrainedModel
 
 from scripts.export_model import export_for_cuda
 from tests.decoding import (
     PENALTIES,
-    Answer,
     check_adjusted_choices,
     check_mixed_calls,
     check_prefixes_come_back_from_the_host,
+    decode_all,
     decode_plainly,
 )
 from tests.language_models import VOCABULARY, save_random
@@ -224,19 +223,11 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     drafter, calls = ModelDrafter(draft), list[str]()
     count_prompts(target, calls)
     engine = Engine(target, drafter, speculation_length, 100, measure_costs(target, drafter, 4))
-    answers = [Answer() for _ in prompts]
     try:
-        engine.submit(
-            *(
-                Sequence(prompt, wish, answer.listen, frozenset())
-                for prompt, wish, answer in zip(prompts, options, answers, strict=True)
-            )
-        )
-        for answer in answers:
-            answer.wait()
+        answers, _ = decode_all(engine, prompts, options)
     finally:
         engine.stop()
-    assert [answer.tokens for answer in answers] == expected
+    assert answers == expected
     assert "forward_mixed of 1" in calls and set(calls) & {"forward_prompts of 2", "forward_prompts of 4"}
     for model in (target, draft):
         model.check_integrity()
@@ -291,12 +282,7 @@ def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTra
     options = GenerationOptions(max_tokens=20, ignore_eos=True)
     target.most_fed = 0
     engine = Engine(target, ModelDrafter(draft), 8, 100)
-    answers = [Answer() for _ in prompts]
-    engine.submit(
-        *(Sequence(prompt, options, one.listen, frozenset()) for prompt, one in zip(prompts, answers, strict=True))
-    )
-    for answer in answers:
-        assert answer.wait() == "length"
+    decode_all(engine, prompts, [options] * len(prompts))
     engine.stop()
     assert 0 < target.most_fed <= good
 

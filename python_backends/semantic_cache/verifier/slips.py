@@ -47,15 +47,14 @@ def is_slip(word: str, meant: str) -> bool:
     """Return whether one slip makes `word` of `meant`."""
     if len(meant) < LEAST or word == meant or abs(len(word) - len(meant)) > 1:
         return False
-    at = next((place for place, (a, b) in enumerate(zip(word, meant, strict=False)) if a != b), len(meant))
+    shorter, longer = sorted((word, meant), key=len)
+    at = next((place for place, letter in enumerate(shorter) if letter != longer[place]), len(shorter))
     if len(word) == len(meant) and word[at:] == meant[at + 1 : at + 2] + meant[at] + meant[at + 2 :]:
         return True
     if word[0] != meant[0] or word[-1] != meant[-1]:
         return False
     if len(word) == len(meant):
         return word[at + 1 :] == meant[at + 1 :] and are_neighbours(word[at], meant[at])
-    shorter, longer = sorted((word, meant), key=len)
-    at = next((place for place, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(shorter))
     return shorter[at:] == longer[at + 1 :] and (len(meant) >= LONG or longer[at] == longer[at - 1])
 
 
