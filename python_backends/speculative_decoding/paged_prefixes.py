@@ -104,13 +104,12 @@ class PagedPrefixes:
                 child, same = self._closest(node, chunk)
                 if child and same in (len(chunk), len(child.tokens)):
                     child.used = self._tick
-                    if not self._renew(child, chunk, blocks[number]):
-                        break
+                    child = child if self._renew(child, chunk, blocks[number]) else None
                 else:
                     child = self._add(node, chunk, blocks[number])
-                    if child is None:
-                        self._counters.blocks_refused += -(-(len(tokens) - begin) // self._size)
-                        break
+                if child is None:
+                    self._counters.blocks_refused += -(-(len(tokens) - begin) // self._size)
+                    break
                 node = child
             self._drop_root(tenant)
 

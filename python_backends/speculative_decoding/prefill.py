@@ -51,9 +51,11 @@ class Prefill:
 
         At most so many tokens, each prompt whole but the last. Whose prompt begins like one before it waits for that.
         """
-        left, chunks = min(most, self._target.longest_chunk), list[Chunk]()
+        left, chunks = max(min(most, self._target.longest_chunk), LEAST_WIDTH), list[Chunk]()
         for slot, sequence in enumerate(sequences, first):
-            if left <= 0 or any(self._is_computing(at, one.sequence, sequence) for at, one in enumerate(chunks, first)):
+            if left < LEAST_WIDTH or any(
+                self._is_computing(at, one.sequence, sequence) for at, one in enumerate(chunks, first)
+            ):
                 break
             if not sequence.admitted:
                 sequence.admitted = time.monotonic()

@@ -287,6 +287,19 @@ def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTra
     assert 0 < target.most_fed <= good
 
 
+def test_prompts_fed_at_once_leave_room_for_the_least_that_one_takes(paged: tuple[PreTrainedModel, Path]) -> None:
+    target = Dependent(paged[1], SLOTS, 1, False, block_tokens=BLOCK)
+    target.good = min(CHUNKS)
+    assert limit_tokens(target)
+    assert target.longest_chunk == target.good
+    prompts = [Bench(paged).tokens(count) for count in (target.good - 1, 5, 1, 1)]
+    target.most_fed = 0
+    engine = Engine(target, None, 0, 100)
+    decode_all(engine, prompts, [GenerationOptions(max_tokens=4, ignore_eos=True)] * len(prompts))
+    engine.stop()
+    assert target.most_fed == target.good
+
+
 def test_what_is_fed_ends_where_the_tile_begins_in_which_bits_differ(paged: tuple[PreTrainedModel, Path]) -> None:
     target = Dependent(paged[1], SLOTS, 1, False, block_tokens=BLOCK)
     target.good = 150
