@@ -6,7 +6,8 @@ it when it first writes to it. What is pushed off the device goes to page-locked
 
 import threading
 import time
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,14 +24,16 @@ from speculative_decoding.pins import PINNED_SHARE, Pins
 class _Node:
     """A block and the tokens in it, fewer than fit in a leaf alone; `parent` is None in a tenant's root.
 
-    place: the block's number on the device or, `in_tier`, on the host, where all that follow it are too.
+    place: the block's number on the device or, `in_tier`, on the host, where all that follow it are too. children: in
+    the order of their tokens, none of which begins another's; `followers`: how many of them are on the device.
     """
 
     tokens: tuple[int, ...]
     place: int
     parent: "_Node | None"
+    tenant: str
     children: list["_Node"] = field(default_factory=list)
-    used: int = 0
+    followers: int = 0
     pins: int = 0
     in_tier: bool = False
 
@@ -64,11 +67,10 @@ class PagedPrefixes:
         self._clock = clock
         self._lock = threading.RLock()
         self._roots: dict[str, _Node] = {}
-        self._nodes: set[_Node] = set()  # on the device
-        self._in_tier: set[_Node] = set()
+        self._nodes: OrderedDict[_Node, None] = OrderedDict()  # on the device, least recently used first
+        self._in_tier: OrderedDict[_Node, None] = OrderedDict()
         self._pins: Pins[_Node] = Pins(int(most * PINNED_SHARE), lambda node: None)
         self._counters = KVCacheCounters()
-        self._tick = 0
         self.allocator: BlockAllocator | None = None
 
     def match(self, tenant: str, tokens: Sequence[int]) -> Hit:
@@ -77,16 +79,16 @@ class PagedPrefixes:
         with self._lock:
             self._pins.expire(self._clock())
             blocks, length = list[int](), 0
-            self._tick += 1
             path = list(self._path(tenant, tokens[:-1]))
-            with _staying(*[node for node, _ in path]):
+            nodes = [node for node, _ in path]
+            with _staying(*nodes):
                 for node, same in path:
-                    node.used = self._tick
                     if node.in_tier and not self._fetch(node):
                         break
                     self.allocator.share([node.place])
                     blocks.append(node.place)
                     length += same
+            self._use(nodes)
             self._counters.tokens_reused += length
             self._counters.tokens_computed += len(tokens) - length
             return Hit(blocks, length)
@@ -97,13 +99,12 @@ class PagedPrefixes:
             return
         with self._lock:
             self._pins.expire(self._clock())
-            node = self._roots.setdefault(tenant, _Node((), -1, None))
-            self._tick += 1
+            root = node = self._roots.setdefault(tenant, _Node((), -1, None, tenant))
+            path = list[_Node]()
             for number, begin in enumerate(range(0, len(tokens), self._size)):
                 chunk = tuple(tokens[begin : begin + self._size])
                 child, same = self._closest(node, chunk)
                 if child and same in (len(chunk), len(child.tokens)):
-                    child.used = self._tick
                     child = child if self._renew(child, chunk, blocks[number]) else None
                 else:
                     child = self._add(node, chunk, blocks[number])
@@ -111,14 +112,16 @@ class PagedPrefixes:
                     self._counters.blocks_refused += -(-(len(tokens) - begin) // self._size)
                     break
                 node = child
-            self._drop_root(tenant)
+                path.append(node)
+            self._use(path)
+            self._drop_root(root)
 
     def evict(self) -> bool:
         """Push the least recently used block off the device that only the cache has; False when there is none."""
         assert self.allocator
         with self._lock:
-            leaves = (node for node in self._leaves() if not self.allocator.is_shared(node.place))
-            leaf = min(leaves, key=lambda node: node.used, default=None)
+            is_shared = self.allocator.is_shared
+            leaf = _oldest(self._nodes, lambda node: _may_leave(node) and not is_shared(node.place))
             if leaf:
                 self._push_out(leaf)
             return leaf is not None
@@ -170,7 +173,7 @@ class PagedPrefixes:
 
     def _check(self) -> None:
         assert self.allocator
-        known, roots = self._nodes | self._in_tier, set(self._roots.values())
+        known, roots = {*self._nodes, *self._in_tier}, set(self._roots.values())
         for node in known:
             parent = node.parent
             require(parent is not None and node in parent.children, "a block's parent does not know it")
@@ -179,6 +182,10 @@ class PagedPrefixes:
             require(node.in_tier or not parent.in_tier, "a block is on the device, its parent is not")
             require(not node.children or len(node.tokens) == self._size, "a block follows one that is not full")
             require(node.in_tier == (node in self._in_tier), "a block believes to be elsewhere")
+            followers = sum(not child.in_tier for child in node.children)
+            require(node.followers == followers, "a block counts other followers than there are")
+            texts = [child.tokens for child in parent.children]
+            require(texts == sorted(texts), "the blocks that follow one are out of order")
             require(not (node.in_tier and node.pins), "a pinned block is on the host")
             require(node.in_tier or self.allocator.references(node.place) > 0, "a kept block is free")
         require(sum(len(node.children) for node in known | roots) == len(known), "a block is followed by a stranger")
@@ -202,23 +209,27 @@ class PagedPrefixes:
             node = child if same == self._size else None
 
     def _closest(self, node: _Node, chunk: tuple[int, ...]) -> tuple[_Node | None, int]:
-        """Return the child that begins most like `chunk`, and how many tokens are the same."""
-        best, most = None, 0
-        for child in node.children:
-            same = _common(child.tokens, chunk)
-            if same > most:
-                best, most = child, same
-        return best, most
+        """Return the child that begins most like `chunk`, which would stand beside it, and how many tokens do."""
+        at = bisect_left(node.children, chunk, key=_tokens)
+        beside = [(child, _common(child.tokens, chunk)) for child in node.children[max(0, at - 1) : at + 1]]
+        best, most = max(beside, key=lambda one: one[1], default=(None, 0))
+        return (best, most) if most else (None, 0)
+
+    def _use(self, path: Sequence[_Node]) -> None:
+        """Say that blocks, each of which follows the one before, have just been used: the last for longest."""
+        for node in reversed(path):
+            (self._in_tier if node.in_tier else self._nodes).move_to_end(node)
 
     def _add(self, parent: _Node, chunk: tuple[int, ...], block: int) -> _Node | None:
         assert self.allocator
         with _staying(parent):
             if not self._make_room(1):
                 return None
-        node = _Node(chunk, block, parent, used=self._tick)
+        node = _Node(chunk, block, parent, parent.tenant)
         self.allocator.share([block])
-        parent.children.append(node)
-        self._nodes.add(node)
+        parent.children.insert(bisect_left(parent.children, chunk, key=_tokens), node)
+        parent.followers += 1
+        self._nodes[node] = None
         return node
 
     def _renew(self, node: _Node, chunk: tuple[int, ...], block: int) -> bool:
@@ -241,7 +252,7 @@ class PagedPrefixes:
     def _fetch(self, node: _Node) -> bool:
         """Bring a block, whose parent is on the device, back from the host; False when there is no room."""
         assert self.allocator and self._tier
-        if len(self._nodes) >= self._most and not any(self._leaves()):
+        if len(self._nodes) >= self._most and not _oldest(self._nodes, _may_leave):
             return False
         block = self.allocator.take()
         self._tier.load(node.place, block, len(node.tokens))
@@ -252,30 +263,25 @@ class PagedPrefixes:
         return True
 
     def _leave_tier(self, node: _Node) -> None:
-        assert self._tier
+        assert self._tier and node.parent
         self._tier.give(node.place)
-        self._in_tier.remove(node)
-        self._nodes.add(node)
+        del self._in_tier[node]
+        self._nodes[node] = None
         node.in_tier = False
+        node.parent.followers += 1
 
     def _make_room(self, blocks: int) -> bool:
         """Have room for so many more blocks on the device; return whether there is."""
         while len(self._nodes) + blocks > self._most:
-            leaf = min(self._leaves(), key=lambda node: node.used, default=None)
+            leaf = _oldest(self._nodes, _may_leave)
             if leaf is None:
                 return False
             self._push_out(leaf)
         return True
 
-    def _leaves(self) -> Iterator[_Node]:
-        """Yield the blocks that may leave the device: those that nothing on it follows, and nobody pins."""
-        for node in self._nodes:
-            if not node.pins and all(child.in_tier for child in node.children):
-                yield node
-
     def _push_out(self, leaf: _Node) -> None:
         """Move a block to the host or, where there is no room that its least recently used ones could make, drop it."""
-        assert self.allocator
+        assert self.allocator and leaf.parent
         self._counters.blocks_evicted += 1
         place = self._room_in_tier()
         if place is None:
@@ -284,16 +290,16 @@ class PagedPrefixes:
         assert self._tier
         self._tier.save(leaf.place, place, len(leaf.tokens))
         self.allocator.release([leaf.place])
-        self._nodes.remove(leaf)
-        self._in_tier.add(leaf)
+        del self._nodes[leaf]
+        self._in_tier[leaf] = None
         leaf.place, leaf.in_tier = place, True
+        leaf.parent.followers -= 1
 
     def _room_in_tier(self) -> int | None:
         if self._tier is None:
             return None
         while (place := self._tier.take()) is None:
-            leaves = (node for node in self._in_tier if not (node.children or node.pins))
-            leaf = min(leaves, key=lambda node: node.used, default=None)
+            leaf = _oldest(self._in_tier, lambda node: not (node.children or node.pins))
             if leaf is None:
                 return None
             self._drop(leaf)
@@ -307,19 +313,19 @@ class PagedPrefixes:
             self._drop(child)
         if node.in_tier:
             assert self._tier
-            self._in_tier.remove(node)
+            del self._in_tier[node]
             self._tier.give(node.place)
         else:
-            self._nodes.remove(node)
+            del self._nodes[node]
             self.allocator.release([node.place])
-        node.parent.children.remove(node)
-        for tenant in [name for name, root in self._roots.items() if root is node.parent]:
-            self._drop_root(tenant)
+            node.parent.followers -= 1
+        del node.parent.children[bisect_left(node.parent.children, node.tokens, key=_tokens)]
+        self._drop_root(node.parent)
 
-    def _drop_root(self, tenant: str) -> None:
-        root = self._roots.get(tenant)
-        if root and not (root.children or root.pins):
-            del self._roots[tenant]
+    def _drop_root(self, node: _Node) -> None:
+        """Forget a tenant's root that has no blocks; other nodes are no roots."""
+        if node.parent is None and not (node.children or node.pins):
+            del self._roots[node.tenant]
 
 
 @contextmanager
@@ -334,10 +340,32 @@ def _staying(*nodes: _Node) -> Iterator[None]:
             node.pins -= 1
 
 
+def _oldest(nodes: OrderedDict[_Node, None], may_go: Callable[[_Node], bool]) -> _Node | None:
+    """Return the first node that may go; those before it count as used now, so that it is not searched for again."""
+    for _ in range(len(nodes)):
+        node = next(iter(nodes))
+        if may_go(node):
+            return node
+        nodes.move_to_end(node)
+    return None
+
+
+def _may_leave(node: _Node) -> bool:
+    """Return whether a block may leave the device: nothing on it follows, and nobody pins it."""
+    return not (node.pins or node.followers)
+
+
+def _tokens(node: _Node) -> tuple[int, ...]:
+    return node.tokens
+
+
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """Return how many first tokens two blocks share."""
-    if one == other:
-        return len(one)
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
+    same, beyond = 0, min(len(one), len(other)) + 1  # so many are shared, so many are not
+    while beyond - same > 1:
+        middle = (same + beyond) // 2
+        if one[same:middle] == other[same:middle]:
+            same = middle
+        else:
+            beyond = middle
+    return same
