@@ -1,7 +1,7 @@
 """Who proposes tokens for the target to verify."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -13,9 +13,12 @@ from speculative_decoding.draft_loop import LARGEST_BYTES, DraftLoop
 from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
+from speculative_decoding.paged_call import LEAST_WIDTH
 from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.sampling import Distribution, wishes_of
 from speculative_decoding.sequence import Sequence
+
+FILL_TOKENS = 64  # taken in between two of the target's steps, for each prompt that one call can have
 
 
 class Proposals(NamedTuple):
@@ -36,11 +39,8 @@ class Drafter(ABC):
         """Seconds spent within ONNX Runtime so far."""
 
     @abstractmethod
-    def fill(self, slot: int, committed: list[int], most: int) -> int:
-        """Take in at most `most` tokens that a slot has committed, and return how many it took in.
-
-        When that is fewer than `most`, the slot can propose.
-        """
+    def fill(self, committed: Mapping[int, list[int]]) -> set[int]:
+        """Take in what slots have committed, as much of it as a round can wait for; return which can propose now."""
 
     @abstractmethod
     def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
@@ -81,13 +81,21 @@ class ModelDrafter(Drafter):
     def ran_s(self) -> float:
         return self._model.ran_s
 
-    def fill(self, slot: int, committed: list[int], most: int) -> int:
-        seen = int(self._model.lengths[slot])
-        missing = committed[seen : min(len(committed) - 1, seen + most)]
-        if len(committed) - 1 - seen <= 1:  # what propose() takes in by itself
-            return 0
-        self._model.forward(slot, np.array([missing], np.int64), np.array([len(missing)], np.int32))
-        return len(missing)
+    def fill(self, committed: Mapping[int, list[int]]) -> set[int]:
+        left = min(FILL_TOKENS * self._model.prompts_at_once, self._model.longest_chunk)
+        chunks, able = dict[int, list[int]](), set[int]()
+        for slot, tokens in committed.items():
+            missing = tokens[self._model.lengths[slot] : -1]
+            if len(missing) <= 1:  # what propose() takes in by itself
+                able.add(slot)
+            elif left >= LEAST_WIDTH:
+                chunks[slot] = missing[:left]
+                left -= len(chunks[slot])
+                if len(chunks[slot]) == len(missing):
+                    able.add(slot)
+        for first, group in _neighbours(chunks, self._model.prompts_at_once):
+            self._model.forward_prompts(first, group)
+        return able
 
     def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
         rows = int(np.flatnonzero(lengths)[-1]) + 1
@@ -189,3 +197,16 @@ class ModelDrafter(Drafter):
 
     def move(self, source: int, destination: int) -> None:
         self._model.move(source, destination)
+
+
+def _neighbours(chunks: Mapping[int, list[int]], most: int) -> Iterator[tuple[int, list[list[int]]]]:
+    """Yield the chunks of slots that follow each other, so many at once at most, each time with the first slot."""
+    first, group = 0, list[list[int]]()
+    for slot, chunk in chunks.items():
+        if group and (slot != first + len(group) or len(group) == most):
+            yield first, group
+            group = []
+        first = first if group else slot
+        group.append(chunk)
+    if group:
+        yield first, group

@@ -223,7 +223,8 @@ class PagedModel:
     @property
     def longest_chunk(self) -> int:
         """Tokens of prompts that may be fed in one call."""
-        return max((chunk for chunk in CHUNKS if chunk <= self.most_tokens), default=self.widest(1))
+        most = min(self.most_tokens, self.context_length - KEPT_WIDTH)
+        return max((chunk for chunk in CHUNKS if chunk <= most), default=self.widest(1))
 
     @property
     def prompts_at_once(self) -> int:

@@ -26,7 +26,6 @@ COPIED = (
     2  # times as many tokens may be copied as the model may draft: they cost nothing, and are right for long or not
 )
 KEPT_ROUNDS = 8  # for which a plan holds, while the same rows may draft as far
-FILL_TOKENS = 64  # of prompts and plain rounds that the draft model takes in between two of the target's steps
 PROBING = 0.02  # share of the time that may go into finding out whether speculation pays again
 PROBE_ROUNDS = 8  # plain rounds between two looks at the costs
 MOST_PROBES = 4  # rounds' worth of time that probing may save up
@@ -216,13 +215,13 @@ class Speculation:
         self, running: list[Sequence], by_model: NDArray[np.int32], lengths: NDArray[np.int32]
     ) -> None:
         """Have the draft model take in what it lacks, and draft nothing where that is more than a round may cost."""
-        budget = FILL_TOKENS
-        for row in np.flatnonzero(by_model).tolist():
-            assert self._drafter is not None
-            most = max(1, budget)
-            taken = self._drafter.fill(row, running[row].tokens, most)
-            budget -= taken
-            if taken >= most:
+        if not by_model.any():
+            return
+        assert self._drafter is not None
+        drafting = np.flatnonzero(by_model).tolist()
+        able = self._drafter.fill({row: running[row].tokens for row in drafting})
+        for row in drafting:
+            if row not in able:
                 by_model[row] = lengths[row] = 0
 
 

@@ -32,8 +32,7 @@ def test_it_proposes_what_single_steps_propose_round_after_round(exported: Calla
     rng = np.random.default_rng(0)
     running = sequences(rng)
     for drafter in drafters:
-        for slot, sequence in enumerate(running):
-            drafter.fill(slot, sequence.tokens, 100)
+        drafter.fill({slot: sequence.tokens for slot, sequence in enumerate(running)})
     for lengths in ([5, 4, 3, 5], [5, 0, 5, 4], [4, 5, 0, 0], [5, 5, 5, 5], [0, 0, 0, 4]):
         asked = np.array(lengths, np.int32)
         expected, proposed = (drafter.propose(running, asked).tokens for drafter in drafters)
@@ -47,7 +46,7 @@ def test_it_proposes_what_single_steps_propose_round_after_round(exported: Calla
             ]
             for drafter in drafters:
                 drafter.commit(row, len(sequence.tokens))
-                drafter.fill(row, sequence.tokens, 100)
+                drafter.fill({row: sequence.tokens})
 
 
 def test_a_loop_is_one_call_and_only_where_its_steps_are_wanted_and_have_room(

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Rows
 from pathlib import Path
 
@@ -68,8 +68,8 @@ class GatedDrafter(Drafter):
                 raise error
         return self._drafter.propose(sequences, lengths)
 
-    def fill(self, slot: int, committed: list[int], most: int) -> int:
-        return self._drafter.fill(slot, committed, most)
+    def fill(self, committed: Mapping[int, list[int]]) -> set[int]:
+        return self._drafter.fill(committed)
 
     def slot(self, slot: int) -> SlotMemory:
         return self._drafter.slot(slot)

@@ -1,5 +1,7 @@
 """Who drafts for a sequence: the model, or copying, whichever has shown to give more."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from speculative_decoding.acceptance_rate import AcceptanceRate
 from speculative_decoding.drafter import Drafter, Proposals
@@ -17,8 +19,8 @@ class NineDrafter(Drafter):
 
     ran_s = 0.0
 
-    def fill(self, slot: int, committed: list[int], most: int) -> int:
-        return 0
+    def fill(self, committed: Mapping[int, list[int]]) -> set[int]:
+        return set(committed)
 
     def propose(self, sequences: list[Sequence], lengths: np.ndarray) -> Proposals:
         return Proposals(np.full((len(lengths), lengths.max()), 9, np.int64), {})

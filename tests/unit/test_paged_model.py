@@ -17,6 +17,7 @@ from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import CHUNKS, MIXED_WIDTHS, WIDTHS, PagedModel
 from speculative_decoding.prefix_reuse import open_prefix_cache
 from speculative_decoding.reuse_settings import ReuseSettings
+from speculative_decoding.sequence import Sequence
 from speculative_decoding.warm_up import measure_costs
 from transformers import PreTrainedModel
 
@@ -231,6 +232,31 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     assert "forward_mixed of 1" in calls and set(calls) & {"forward_prompts of 2", "forward_prompts of 4"}
     for model in (target, draft):
         model.check_integrity()
+
+
+def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_can_wait_for(
+    paged: tuple[PreTrainedModel, Path],
+) -> None:
+    drafters, bench = [ModelDrafter(load(paged[1])) for _ in range(2)], Bench(paged)
+    sequences = [Sequence(bench.tokens(40), GenerationOptions(), lambda *_: None, frozenset()) for _ in range(SLOTS)]
+    committed = {slot: sequence.tokens for slot, sequence in enumerate(sequences)}
+    together, one_by_one = drafters
+    calls = list[str]()
+    count_prompts(together.model, calls)
+    for slot, tokens in committed.items():
+        assert one_by_one.fill({slot: tokens}) == {slot}
+    assert together.fill({1: committed[1]}) == {1}
+    assert together.fill(committed) == {0, 1, 2, 3}
+    assert calls == ["forward_prompts of 1", "forward_prompts of 1", "forward_prompts of 2"]
+    proposed = [drafter.propose(sequences, np.full(SLOTS, 5, np.int32)).tokens.tolist() for drafter in drafters]
+    assert proposed[0] == proposed[1]
+    for slot in range(SLOTS):
+        together.model.truncate(slot, 0)
+    calls.clear()
+    assert together.fill(committed) == {0, 1, 2}
+    assert together.fill(committed) == {0, 1, 2, 3}
+    assert calls == ["forward_prompts of 4", "forward_prompts of 1"]
+    assert together.model.lengths.tolist() == [39] * SLOTS
 
 
 def test_a_model_whose_rows_are_independent_is_fed_as_much_as_there_is_room_for(
