@@ -54,7 +54,9 @@ STEPS = tuple((batch, width) for batch in (1, 8, 32, 64) for width in (1, 5, 8))
 AT_ONCE = (1, 8, 32, 64)
 SPECULATION_LENGTH = 8
 ANSWER_TOKENS = 96
-CHECKED_TOKENS = 40
+CHECKED_TOKENS, LONG_TOKENS = 40, 1024
+CHECKED = (("plain", 1), ("plain", 32), ("speculative", 1), ("speculative", 8), ("speculative", 32))
+CHECKED_LONG = (("plain", 32), ("speculative", 32))
 PREFIX_TOKENS, QUESTION_TOKENS, PREFIXES = 1024, 32, 8
 CACHED_BYTES, TIER_BYTES = 1 << 30, 1 << 32
 OTHER_PREFIXES = 30  # as many as push those asked for before off the device
@@ -231,26 +233,34 @@ def measure_prefixes(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, floa
 
 
 def count_differences(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, int]:
-    """Return, by way of decoding, how many answers differ from plain decoding eight at a time."""
+    """Return, by way of decoding, how many answers differ from plain decoding eight at a time.
+
+    The prompts are asked for as they are, and joined to prompts of LONG_TOKENS tokens.
+    """
+    joined = [token for prompt in prompts for token in prompt]
+    long = [joined[begin : begin + LONG_TOKENS] for begin in range(0, len(joined) - LONG_TOKENS + 1, LONG_TOKENS)]
     differences = {}
     for name, sampling in (("greedy", {"temperature": 0.0}), ("seeded", {"temperature": 0.8, "top_p": 0.95})):
-        options = [
-            GenerationOptions(max_tokens=CHECKED_TOKENS, seed=number, **sampling) for number in range(len(prompts))
-        ]
-        plain = [replace(wish, speculation_length=0) for wish in options]
-        expected, _ = pair.answer(prompts, plain, 8)
-        for kind, wishes, at_once in (
-            ("plain", plain, 1),
-            ("plain", plain, 32),
-            ("speculative", options, 1),
-            ("speculative", options, 8),
-            ("speculative", options, 32),
-        ):
-            some = prompts if at_once > 1 else prompts[: len(prompts) // 5]
-            got, _ = pair.answer(some, wishes[: len(some)], at_once)
-            wrong = sum(one != other for one, other in zip(got, expected, strict=False))
-            differences[f"{name} {kind} at {at_once}"] = wrong
-            console.print(f"{name}, {kind}, {at_once} at once: {wrong} of {len(some)} differ")
+        for length, asked, ways in (("", prompts, CHECKED), (f", prompts of {LONG_TOKENS}", long, CHECKED_LONG)):
+            for way, wrong in compare_answers(pair, asked, sampling, ways).items():
+                differences[f"{name} {way}{length}"] = wrong
+                console.print(f"{name} {way}{length}: {wrong} differ")
+    return differences
+
+
+def compare_answers(
+    pair: Pair, prompts: Sequence[list[int]], sampling: dict[str, float], ways: Sequence[tuple[str, int]]
+) -> dict[str, int]:
+    """Return how many answers differ, by kind of decoding and prompts at once: one in five alone, for it takes long."""
+    options = [GenerationOptions(max_tokens=CHECKED_TOKENS, seed=number, **sampling) for number in range(len(prompts))]
+    wishes = {"speculative": options, "plain": [replace(wish, speculation_length=0) for wish in options]}
+    expected, _ = pair.answer(prompts, wishes["plain"], 8)
+    differences = {}
+    for kind, at_once in ways:
+        every = 5 if at_once == 1 else 1
+        got, _ = pair.answer(prompts[::every], wishes[kind][::every], at_once)
+        wrong = sum(one != other for one, other in zip(got, expected[::every], strict=True))
+        differences[f"{kind} at {at_once}"] = wrong
     return differences
 
 
@@ -322,24 +332,27 @@ def main() -> None:
     bandwidth = measure_bandwidth()
     made = json.loads((arguments.pair / "prompts.json").read_text())
     prompts = made.pop("prompts")
-    pair = Pair(arguments.pair)
     results: dict[str, Any] = {
+        "machine": {**describe_machine(), "gpu": gpu, "onnxruntime": onnxruntime.__version__},
         "bandwidth_tb_s": round(bandwidth, 3),
-        "pair": {
-            **made,
-            "rows_independent": pair.independent,
-            "most_tokens": pair.target.most_tokens,
-            "prompts_checked": len(prompts),
-        },
-        "tokens_per_s": measure_pair(pair, prompts),
-        "prefix": measure_prefixes(pair, prompts),
-        "differences": count_differences(pair, prompts),
     }
+    pair = Pair(arguments.pair)
+    results["pair"] = {
+        **made,
+        "rows_independent": pair.independent,
+        "most_tokens": pair.target.most_tokens,
+        "prompts_checked": len(prompts),
+    }
+    results["tokens_per_s"] = measure_pair(pair, prompts)
+    results["acceptance_rate"] = results["tokens_per_s"].pop("acceptance_rate")
+    keep(results)
+    results["prefix"] = measure_prefixes(pair, prompts)
+    results["differences"] = count_differences(pair, prompts)
+    results["identical_outputs"] = not any(results["differences"].values())
+    keep(results)
     pair.close()
     del pair
     gc.collect()
-    results["acceptance_rate"] = results["tokens_per_s"].pop("acceptance_rate")
-    results["identical_outputs"] = not any(results["differences"].values())
     results |= {"step_ms": {}, "bare_ms": {}, "bound_ms": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
         for name in arguments.shape:
@@ -349,6 +362,7 @@ def main() -> None:
                 results[key][name] = times
             results["bound_ms"][name] = round(shape.weight_bytes / bandwidth / 1e9, 3)
             console.print(name, results["step_ms"][name], results["bare_ms"][name], results["bound_ms"][name])
+            keep(results)
             shutil.rmtree(Path(scratch) / name)
     lookups = measure_lookups()
     results |= {"cache_lookup_ms_1m": lookups["ms"], "cache_recall_at_1": lookups["recall_at_1"]}
@@ -357,15 +371,20 @@ def main() -> None:
     if arguments.embedder:
         results["embedder_sentences_per_s"] = measure_embedder(arguments.embedder)
     results["peers"] = in_own_process("perf.gpu_peers", arguments.pair)
+    keep(results)
     if arguments.vllm:
         results["peers"] |= vllm_peers(arguments.vllm, arguments.pair)
     if arguments.through_triton:
         results["through_triton"] = in_own_process("perf.gpu_triton", arguments.pair)
-    results["machine"] = {**describe_machine(), "gpu": gpu, "onnxruntime": onnxruntime.__version__}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gpu.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
+    keep(results)
     plot(RESULTS / "gpu.png", results)
     print(json.dumps(results))
+
+
+def keep(results: dict[str, Any]) -> None:
+    """Write the results there are, so that a run which is cut off leaves them."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "gpu.json").write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

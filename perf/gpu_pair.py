@@ -1,11 +1,12 @@
 """Train the pair that perf.gpu decodes with, on the Python sources of this machine: `python -m perf.gpu_pair FOLDER`.
 
 A target of 0.28B parameters learns the standard library and the installed packages, then a draft of 10M learns the
-target's distribution, ten minutes in all on an H100. Some files are held out of both: perf.gpu's prompts begin them.
+target's distribution, three minutes in all on an H100. Some files are held out of both: perf.gpu's prompts begin them.
 FOLDER gets 1/target and 1/draft, exported for CUDA, prompts.json, and Hugging Face folders of both.
 """
 
 import argparse
+import copy
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +82,7 @@ def rows_of(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
 
 
 def make_model(shape: dict[str, int]) -> LlamaForCausalLM:
-    """Return a randomly initialised Llama model of that shape."""
+    """Return a randomly initialised Llama model of that shape, whose layers are compiled: once for all of them."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         max_position_embeddings=CONTEXT,
@@ -91,7 +93,10 @@ def make_model(shape: dict[str, int]) -> LlamaForCausalLM:
         attn_implementation="sdpa",
         **shape,
     )
-    return LlamaForCausalLM(config).cuda()
+    model = LlamaForCausalLM(config).cuda()
+    for layer in model.model.layers:
+        layer.compile()
+    return model
 
 
 def logits_of(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
@@ -106,8 +111,7 @@ def train(
 ) -> None:
     """Train `model` in place for so many seconds; `loss_of` maps tokens [rows, ROW] to the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATES[name], betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    compiled = torch.compile(loss_of)
-    compiled(_draw(rows)).backward()  # compiles, off the clock
+    loss_of(_draw(rows)).backward()  # compiles, off the clock
     optimizer.zero_grad(set_to_none=True)
     began = shown = time.monotonic()
     for step in itertools.count(1):
@@ -117,7 +121,7 @@ def train(
         share = progress / WARM_UP if progress < WARM_UP else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = RATES[name] * share
-        loss = compiled(_draw(rows))
+        loss = loss_of(_draw(rows))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -137,33 +141,40 @@ def _draw(rows: Tensor) -> Tensor:
     return rows[torch.randint(len(rows), (ROWS,), device="cuda")].long()
 
 
-def train_pair(rows: Tensor, seconds: float) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
-    """Return the target, and the draft distilled from it."""
-    torch.manual_seed(0)
-    target, draft = make_model(TARGET), make_model(DRAFT)
+def train_target(rows: Tensor, seconds: float) -> LlamaForCausalLM:
+    """Return a model of the text."""
+    target = make_model(TARGET)
 
     def predict(tokens: Tensor) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             logits = logits_of(target, tokens[:, :-1])
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
+    train("target", target, rows, seconds, predict)
+    return target.eval()
+
+
+def train_draft(target: LlamaForCausalLM, rows: Tensor, seconds: float) -> LlamaForCausalLM:
+    """Return a draft distilled from the target."""
+    draft = make_model(DRAFT)
+
     def imitate(tokens: Tensor) -> Tensor:
+        tokens = tokens[:, :-1]  # as many as the target has been compiled for
         with torch.autocast("cuda", torch.bfloat16):
             with torch.no_grad():
                 wanted = logits_of(target, tokens).float().log_softmax(-1)
             got = logits_of(draft, tokens).float().log_softmax(-1)
         return nn.functional.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
 
-    train("target", target, rows, TARGET_SHARE * seconds, predict)
-    train("draft", draft, rows, (1 - TARGET_SHARE) * seconds, imitate)
-    return target.eval(), draft.eval()
+    train("draft", draft, rows, seconds, imitate)
+    return draft.eval()
 
 
 @torch.no_grad()
 def compare(target: LlamaForCausalLM, draft: LlamaForCausalLM, rows: Tensor) -> dict[str, float]:
     """Return what held-out text says: each model's loss, and how often their likeliest tokens agree."""
     losses, agreed = {"target": 0.0, "draft": 0.0}, 0.0
-    some = rows[:64].split(8)
+    some = rows[: 2 * ROWS].split(ROWS)
     for part in some:
         tokens, likeliest = part.long(), []
         for name, model in (("target", target), ("draft", draft)):
@@ -190,7 +201,7 @@ def main() -> None:
     """Parse the command line, train, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=5.2, help="of training alone")
+    parser.add_argument("--minutes", type=float, default=1.9, help="of training alone")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     learned, held_out = sources()
@@ -199,20 +210,29 @@ def main() -> None:
     tokenizer = train_tokenizer(learned[:TOKENIZER_FILES])
     rows = rows_of(tokenizer, learned)
     print(f"{rows.numel() / 1e6:.0f}M tokens", flush=True)
-    target, draft = train_pair(rows, 60 * arguments.minutes)
-    found = compare(target, draft, rows_of(tokenizer, held_out))
-    print(f"held out: {found}", flush=True)
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    with ThreadPoolExecutor(1) as exporting:  # the target, while the draft is being trained
+
+        def export(name: str, model: LlamaForCausalLM) -> Future[None]:
+            source = arguments.folder / name
+            copy.deepcopy(model).to(torch.float16).save_pretrained(source)
+            tokenizer.save_pretrained(source)
+            return exporting.submit(export_for_cuda, source, arguments.folder / "1" / name)
+
+        target = train_target(rows, 60 * arguments.minutes * TARGET_SHARE)
+        exported = [export("target", target)]
+        draft = train_draft(target, rows, 60 * arguments.minutes * (1 - TARGET_SHARE))
+        exported.append(export("draft", draft))
+        found = compare(target, draft, rows_of(tokenizer, held_out))
+        print(f"held out: {found}", flush=True)
+        for future in exported:
+            future.result()
     chosen = list(itertools.islice(prompts(tokenizer, held_out), PROMPTS))
-    sizes = {name: model.num_parameters() for name, model in (("target", target), ("draft", draft))}
+    sizes = {"target": target.num_parameters(), "draft": draft.num_parameters()}
     record = {"prompts": chosen, "parameters": sizes, "tokens": rows.numel(), "held_out": found}
     (arguments.folder / "prompts.json").write_text(json.dumps(record))
-    for name, model in (("target", target), ("draft", draft)):
-        source = arguments.folder / name
-        model.to(torch.float16).save_pretrained(source)
-        tokenizer.save_pretrained(source)
-        export_for_cuda(source, arguments.folder / "1" / name)
-        print(f"{source}: {sizes[name] / 1e6:.0f}M parameters", flush=True)
+    print(f"{arguments.folder}: {sizes} parameters", flush=True)
 
 
 if __name__ == "__main__":

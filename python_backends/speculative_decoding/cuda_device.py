@@ -75,12 +75,15 @@ class CudaDevice(Device):
         return np.frombuffer(memory, dtype, int(np.prod(shape))).reshape(shape)
 
     def save(self, array: Array, host: NDArray[Any]) -> None:
-        for here, there in zip(array, host, strict=True):
-            self._move(there.ctypes.data, self.address(here), there.nbytes, "memcpyDeviceToHost")
+        with self._device, self._stream:  # gathered first: one copy for each part would take longer to queue than to do
+            gathered = self._cupy.ascontiguousarray(array)
+            self._move(host.ctypes.data, self.address(gathered), host.nbytes, "memcpyDeviceToHost")
 
     def load(self, array: Array, host: NDArray[Any]) -> None:
-        for here, there in zip(array, host, strict=True):
-            self._move(self.address(here), there.ctypes.data, there.nbytes, "memcpyHostToDevice")
+        with self._device, self._stream:
+            gathered = self._cupy.empty(host.shape, host.dtype)
+            self._move(self.address(gathered), host.ctypes.data, host.nbytes, "memcpyHostToDevice")
+            array[...] = gathered
 
     def argmax(self, logits: Array, chosen: Array) -> None:
         self._launch("argmax", logits, len(logits), THREADS, (logits, chosen, np.int32(logits.shape[1])))
@@ -110,8 +113,7 @@ class CudaDevice(Device):
 
     def _move(self, destination: int, source: int, size: int, kind: str) -> None:
         runtime = self._cupy.cuda.runtime
-        with self._device:
-            runtime.memcpyAsync(destination, source, size, getattr(runtime, kind), self._stream.ptr)
+        runtime.memcpyAsync(destination, source, size, getattr(runtime, kind), self._stream.ptr)
 
     def _launch(self, name: str, logits: Array | None, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
         """Queue a kernel, made for the type that the logits have."""

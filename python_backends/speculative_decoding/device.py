@@ -55,7 +55,7 @@ class Device(ABC):
 
     @abstractmethod
     def save(self, array: Array, host: NDArray[Any]) -> None:
-        """Queue a copy to `host`, page-locked and of the same shape; of both, each part [n] is contiguous."""
+        """Queue a copy to `host`, which is page-locked, contiguous and of the same shape."""
 
     @abstractmethod
     def load(self, array: Array, host: NDArray[Any]) -> None:

@@ -1,5 +1,9 @@
 """Blocks of a paged key/value cache in memory of the host, for those that the device has no room for."""
 
+from typing import Any
+
+from numpy.typing import NDArray
+
 from speculative_decoding.device import Array, Device
 
 
@@ -11,11 +15,10 @@ class HostTier:
 
     def __init__(self, device: Device, memory: Array, blocks: int) -> None:
         """`memory`: the device's, [planes, its blocks, tokens of a block, ...]. Raises OutOfDeviceMemoryError."""
-        planes, _, *block = memory.shape
         self.blocks = blocks
         self._device = device
         self._memory = memory
-        self._host = device.page_locked((blocks, planes, *block), memory.dtype)
+        self._host = device.page_locked((blocks, memory[:, 0].size), memory.dtype)
         self._free = list(reversed(range(blocks)))
 
     def take(self) -> int | None:
@@ -32,8 +35,13 @@ class HostTier:
 
     def save(self, block: int, place: int, tokens: int) -> None:
         """Copy the first so many tokens of a block of the device to a place."""
-        self._device.save(self._memory[:, block, :tokens], self._host[place][:, :tokens])
+        self._device.save(*self._parts(block, place, tokens))
 
     def load(self, place: int, block: int, tokens: int) -> None:
         """Copy the first so many tokens of what is at a place to a block of the device."""
-        self._device.load(self._memory[:, block, :tokens], self._host[place][:, :tokens])
+        self._device.load(*self._parts(block, place, tokens))
+
+    def _parts(self, block: int, place: int, tokens: int) -> tuple[Array, NDArray[Any]]:
+        """Return where the first so many tokens are on the device, and on the host, where they lie together."""
+        there = self._memory[:, block, :tokens]
+        return there, self._host[place, : there.size].reshape(there.shape)
