@@ -182,12 +182,13 @@ class PagedPrefixes:
             require(node.in_tier or not parent.in_tier, "a block is on the device, its parent is not")
             require(not node.children or len(node.tokens) == self._size, "a block follows one that is not full")
             require(node.in_tier == (node in self._in_tier), "a block believes to be elsewhere")
-            followers = sum(not child.in_tier for child in node.children)
-            require(node.followers == followers, "a block counts other followers than there are")
-            texts = [child.tokens for child in parent.children]
-            require(texts == sorted(texts), "the blocks that follow one are out of order")
             require(not (node.in_tier and node.pins), "a pinned block is on the host")
             require(node.in_tier or self.allocator.references(node.place) > 0, "a kept block is free")
+        for node in known | roots:
+            texts = [child.tokens for child in node.children]
+            require(texts == sorted(texts), "the blocks that follow one are out of order")
+            followers = sum(not child.in_tier for child in node.children)
+            require(node.followers == followers, "a block counts other followers than there are")
         require(sum(len(node.children) for node in known | roots) == len(known), "a block is followed by a stranger")
         require(len({(node.in_tier, node.place) for node in known}) == len(known), "two blocks have one place")
         require(len(self._nodes) <= self._most, f"{len(self._nodes)} blocks are kept, {self._most} may be")
@@ -216,7 +217,7 @@ class PagedPrefixes:
         return (best, most) if most else (None, 0)
 
     def _use(self, path: Sequence[_Node]) -> None:
-        """Say that blocks, each of which follows the one before, have just been used: the last for longest."""
+        """Say that blocks, each of which follows the one before, have just been used; the last one is to go first."""
         for node in reversed(path):
             (self._in_tier if node.in_tier else self._nodes).move_to_end(node)
 
