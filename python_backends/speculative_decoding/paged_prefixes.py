@@ -25,13 +25,14 @@ class _Node:
     """A block and the tokens in it, fewer than fit in a leaf alone; `parent` is None in a tenant's root.
 
     place: the block's number on the device or, `in_tier`, on the host, where all that follow it are too. children: in
-    the order of their tokens, none of which begins another's; `followers`: how many of them are on the device.
+    the order of their tokens, none of which begins another's; `followers`: how many of them are on the device. tenant:
+    a root's.
     """
 
     tokens: tuple[int, ...]
     place: int
     parent: "_Node | None"
-    tenant: str
+    tenant: str = ""
     children: list["_Node"] = field(default_factory=list)
     followers: int = 0
     pins: int = 0
@@ -210,11 +211,10 @@ class PagedPrefixes:
             node = child if same == self._size else None
 
     def _closest(self, node: _Node, chunk: tuple[int, ...]) -> tuple[_Node | None, int]:
-        """Return the child that begins most like `chunk`, which would stand beside it, and how many tokens do."""
+        """Return the child that begins most like `chunk`, which would stand beside it, and how many tokens are so."""
         at = bisect_left(node.children, chunk, key=_tokens)
         beside = [(child, _common(child.tokens, chunk)) for child in node.children[max(0, at - 1) : at + 1]]
-        best, most = max(beside, key=lambda one: one[1], default=(None, 0))
-        return (best, most) if most else (None, 0)
+        return max(beside, key=lambda one: one[1], default=(None, 0))
 
     def _use(self, path: Sequence[_Node]) -> None:
         """Say that blocks, each of which follows the one before, have just been used; the last one is to go first."""
@@ -226,7 +226,7 @@ class PagedPrefixes:
         with _staying(parent):
             if not self._make_room(1):
                 return None
-        node = _Node(chunk, block, parent, parent.tenant)
+        node = _Node(chunk, block, parent)
         self.allocator.share([block])
         parent.children.insert(bisect_left(parent.children, chunk, key=_tokens), node)
         parent.followers += 1
