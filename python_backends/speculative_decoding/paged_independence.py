@@ -49,11 +49,10 @@ def _shapes(model: PagedModel) -> Iterator[CallShape]:
     """Yield the shapes of the calls that a model is fed with."""
     every = {min(1 << power, model.slots) for power in range(model.slots.bit_length() + 1)}
     yield from (CallShape(rows, width) for rows, width in product(every, WIDTHS))
-    for chunk in CHUNKS:
-        if chunk + KEPT_WIDTH <= model.context_length:
-            yield CallShape(0, 0, chunk)
-            if chunk in MIXED_CHUNKS and model.slots > 1:
-                yield from (CallShape(rows, width, chunk) for rows, width in product(every, MIXED_WIDTHS))
+    for chunk in model.chunks:
+        yield CallShape(0, 0, chunk)
+        if chunk in MIXED_CHUNKS and model.slots > 1:
+            yield from (CallShape(rows, width, chunk) for rows, width in product(every, MIXED_WIDTHS))
 
 
 def _tokens(shape: CallShape) -> int:

@@ -175,7 +175,7 @@ class PagedModel:
             logits = self.forward(first, np.array(chunks), np.array([len(chunks[0])], np.int32))
             return logits.last()
         size = sum(max(len(chunk), LEAST_WIDTH) for chunk in chunks)
-        shape = CallShape(0, 0, next((known for known in CHUNKS if known >= size), size))
+        shape = CallShape(0, 0, next((known for known in self.chunks if known >= size), size))
         return self._prompts_of(self._start_mixed(shape, NO_ROWS, first, chunks), chunks)
 
     def mixes(self, rows: int, width: int, chunks: Sequence[Sequence[int]]) -> bool:
@@ -221,10 +221,14 @@ class PagedModel:
         return max((width for width in WIDTHS if padded * width <= self.most_tokens), default=LEAST_WIDTH)
 
     @property
+    def chunks(self) -> list[int]:
+        """Tokens of prompts that captured calls have: those for which a slot has room, for all may be padding."""
+        return [chunk for chunk in CHUNKS if chunk + KEPT_WIDTH <= self.context_length]
+
+    @property
     def longest_chunk(self) -> int:
         """Tokens of prompts that may be fed in one call."""
-        most = min(self.most_tokens, self.context_length - KEPT_WIDTH)
-        return max((chunk for chunk in CHUNKS if chunk <= most), default=self.widest(1))
+        return max((chunk for chunk in self.chunks if chunk <= self.most_tokens), default=self.widest(1))
 
     @property
     def prompts_at_once(self) -> int:
@@ -286,7 +290,7 @@ class PagedModel:
         """Return the call that serves so many, if one is captured and has room."""
         size = sum(max(len(chunk), LEAST_WIDTH) for chunk in chunks)
         wide = next((wide for wide in MIXED_WIDTHS if wide >= width), None)
-        chunk = next((known for known in MIXED_CHUNKS if known >= size), None)
+        chunk = next((known for known in self.chunks if known in MIXED_CHUNKS and known >= size), None)
         if wide is None or chunk is None or int(self.lengths[:rows].max()) + wide > self.shape.context_length:
             return None
         shape = CallShape(self._captured_rows(rows), wide, chunk)

@@ -117,6 +117,14 @@ def test_rows_and_chunks_of_prompts_in_one_call_have_the_bits_that_they_have_alo
     check_mixed_calls(load(paged[1]), load(paged[1]))
 
 
+def test_prompts_fed_together_are_not_padded_beyond_what_a_slot_can_hold(paged: tuple[PreTrainedModel, Path]) -> None:
+    bench = Bench(paged)
+    bench.history[:2] = [bench.tokens(140), bench.tokens(139)]
+    logits = bench.model.forward_prompts(0, bench.history[:2])
+    for slot in range(2):
+        np.testing.assert_allclose(logits[slot, 0], bench.expected(slot, 1)[0], rtol=0, atol=TOLERANCE)
+
+
 def test_slots_that_share_a_prefix_share_its_blocks_until_one_writes(paged: tuple[PreTrainedModel, Path]) -> None:
     bench, model = Bench(paged), load(paged[1])
     bench.model = model
