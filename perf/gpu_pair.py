@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +170,12 @@ def train_draft(target: LlamaForCausalLM, rows: Tensor, seconds: float) -> Llama
     return draft.eval()
 
 
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face folder of the model in half precision; the model stays as it is."""
+    copy.deepcopy(model).to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @torch.no_grad()
 def compare(target: LlamaForCausalLM, draft: LlamaForCausalLM, rows: Tensor) -> dict[str, float]:
     """Return what held-out text says: each model's loss, and how often their likeliest tokens agree."""
@@ -210,29 +216,23 @@ def main() -> None:
     tokenizer = train_tokenizer(learned[:TOKENIZER_FILES])
     rows = rows_of(tokenizer, learned)
     print(f"{rows.numel() / 1e6:.0f}M tokens", flush=True)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder, seconds = arguments.folder, 60 * arguments.minutes
     torch.manual_seed(0)
-    with ThreadPoolExecutor(1) as exporting:  # the target, while the draft is being trained
-
-        def export(name: str, model: LlamaForCausalLM) -> Future[None]:
-            source = arguments.folder / name
-            copy.deepcopy(model).to(torch.float16).save_pretrained(source)
-            tokenizer.save_pretrained(source)
-            return exporting.submit(export_for_cuda, source, arguments.folder / "1" / name)
-
-        target = train_target(rows, 60 * arguments.minutes * TARGET_SHARE)
-        exported = [export("target", target)]
-        draft = train_draft(target, rows, 60 * arguments.minutes * (1 - TARGET_SHARE))
-        exported.append(export("draft", draft))
-        found = compare(target, draft, rows_of(tokenizer, held_out))
-        print(f"held out: {found}", flush=True)
-        for future in exported:
-            future.result()
+    target = train_target(rows, TARGET_SHARE * seconds)
+    save(target, tokenizer, folder / "target")
+    with ThreadPoolExecutor(1) as exporting:  # while the draft is being trained
+        exported = exporting.submit(export_for_cuda, folder / "target", folder / "1" / "target")
+        draft = train_draft(target, rows, (1 - TARGET_SHARE) * seconds)
+        exported.result()
+    save(draft, tokenizer, folder / "draft")
+    export_for_cuda(folder / "draft", folder / "1" / "draft")
+    found = compare(target, draft, rows_of(tokenizer, held_out))
+    print(f"held out: {found}", flush=True)
     chosen = list(itertools.islice(prompts(tokenizer, held_out), PROMPTS))
     sizes = {"target": target.num_parameters(), "draft": draft.num_parameters()}
     record = {"prompts": chosen, "parameters": sizes, "tokens": rows.numel(), "held_out": found}
-    (arguments.folder / "prompts.json").write_text(json.dumps(record))
-    print(f"{arguments.folder}: {sizes} parameters", flush=True)
+    (folder / "prompts.json").write_text(json.dumps(record))
+    print(f"{folder}: {sizes} parameters", flush=True)
 
 
 if __name__ == "__main__":
