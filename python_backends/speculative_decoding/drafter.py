@@ -14,7 +14,7 @@ from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
 from speculative_decoding.paged_call import LEAST_WIDTH
-from speculative_decoding.paged_model import PagedModel
+from speculative_decoding.paged_model import WIDTHS, PagedModel
 from speculative_decoding.sampling import Distribution, wishes_of
 from speculative_decoding.sequence import Sequence
 
@@ -135,6 +135,16 @@ class ModelDrafter(Drafter):
             tokens = proposals.tokens[:, step : step + 1]
             counts = np.ones(rows, np.int32)
         return proposals
+
+    def warm_up(self) -> None:
+        """Make, in slots that are empty again after, each call that is captured when it is first made."""
+        if not isinstance(self._model, PagedModel):
+            return
+        for rows in self._model.row_counts:
+            self.rehearse(rows, 1)
+        for size in (*WIDTHS, *self._model.chunks):
+            self._model.forward_prompts(0, [[0] * size])
+            self._model.truncate(0, 0)
 
     def rehearse(self, rows: int, length: int) -> None:
         """Make the calls that proposing `length` tokens for so many rows takes, in slots that are empty again after."""

@@ -47,12 +47,11 @@ def _most_tokens(model: PagedModel) -> int:
 
 def _shapes(model: PagedModel) -> Iterator[CallShape]:
     """Yield the shapes of the calls that a model is fed with."""
-    every = {min(1 << power, model.slots) for power in range(model.slots.bit_length() + 1)}
-    yield from (CallShape(rows, width) for rows, width in product(every, WIDTHS))
+    yield from (CallShape(rows, width) for rows, width in product(model.row_counts, WIDTHS))
     for chunk in model.chunks:
         yield CallShape(0, 0, chunk)
         if chunk in MIXED_CHUNKS and model.slots > 1:
-            yield from (CallShape(rows, width, chunk) for rows, width in product(every, MIXED_WIDTHS))
+            yield from (CallShape(rows, width, chunk) for rows, width in product(model.row_counts, MIXED_WIDTHS))
 
 
 def _tokens(shape: CallShape) -> int:

@@ -221,6 +221,11 @@ class PagedModel:
         return max((width for width in WIDTHS if padded * width <= self.most_tokens), default=LEAST_WIDTH)
 
     @property
+    def row_counts(self) -> list[int]:
+        """Rows that captured calls have."""
+        return sorted({self._captured_rows(rows) for rows in range(1, self.slots + 1)})
+
+    @property
     def chunks(self) -> list[int]:
         """Tokens of prompts that captured calls have: those for which a slot has room, for all may be padding."""
         return [chunk for chunk in CHUNKS if chunk + KEPT_WIDTH <= self.context_length]

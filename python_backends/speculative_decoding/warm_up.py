@@ -24,6 +24,8 @@ def measure_costs(target: Decoder, drafter: ModelDrafter | None, longest: int) -
 
     It takes a second or so; what a slow model has no time for is taken to lie on straight lines.
     """
+    if drafter:
+        drafter.warm_up()
     verify = _measure(target, (1, longest + 1, most_copied(longest) + 1))
     verify = {(rows, width - 1): seconds for (rows, width), seconds in verify.items()}
     few, many = ((width, _timed(target, 1, width)) for width in PREFILL_WIDTHS)

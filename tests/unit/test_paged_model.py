@@ -267,6 +267,23 @@ def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_c
     assert together.model.lengths.tolist() == [39] * SLOTS
 
 
+def test_a_request_waits_for_no_call_to_be_captured(paged: tuple[PreTrainedModel, Path]) -> None:
+    target, draft = load(paged[1]), load(paged[1])
+    assert limit_tokens(target)
+    drafter = ModelDrafter(draft)
+    measure_costs(target, drafter, 4)
+    captured = [set(model._calls) for model in (target, draft)]
+    assert not draft.lengths.any()
+    prompts = [Bench(paged).tokens(length) for length in (2, 7, 40, 12, 90, 3, 17, 60)]
+    engine = Engine(target, drafter, 4, 100)  # without costs it always drafts
+    try:
+        decode_all(engine, prompts, [GenerationOptions(max_tokens=14, ignore_eos=True)] * len(prompts))
+    finally:
+        engine.stop()
+    assert engine.statistics.drafts
+    assert [set(model._calls) for model in (target, draft)] == captured
+
+
 def test_a_model_whose_rows_are_independent_is_fed_as_much_as_there_is_room_for(
     paged: tuple[PreTrainedModel, Path],
 ) -> None:
