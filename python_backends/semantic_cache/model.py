@@ -5,6 +5,7 @@ is answered at once; searches, stores and commands go to a thread each, so that 
 With `upstream_model`, the model answers misses too: its outputs are then text_output and info.
 """
 
+import gc
 import json
 import os
 import sys
@@ -110,7 +111,9 @@ class TritonPythonModel:
             part.close()
         self._reads.close()
         self._store.close()
-        del self._metrics  # a metric that outlives finalize crashes the process on its way out
+        # Triton's metrics and senders crash the process when they are freed after this, by the interpreter's end.
+        vars(self).clear()
+        gc.collect()
 
     def _take(self, request: Any, sender: Any) -> None:
         parameters = json.loads(request.parameters() or "{}")
@@ -286,7 +289,10 @@ def _infer(model: str, output: str, **inputs: Tokens) -> Any:
 
 
 def _respond(sender: Any, texts: dict[str, str], flags: int = 0) -> None:
-    sender.send(pb_utils.InferenceResponse([_tensor(name, text) for name, text in texts.items()]), flags=flags)
+    # Held until send() has returned: it drops outputs that were not asked for, and would free them without the GIL
+    # (tritonserver 2.51; mended in python_backend #390).
+    tensors = [_tensor(name, text) for name, text in texts.items()]
+    sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
 
 def _tensor(name: str, text: str) -> Any:

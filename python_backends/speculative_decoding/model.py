@@ -1,5 +1,6 @@
 """Triton adapter of the backend "speculative_decoding": a cached answer is sent on at once, any other is decoded."""
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -107,7 +108,9 @@ class TritonPythonModel:
         self._store.close()
         self._metrics.close()
         self._session_store.close()
-        del self._metrics  # a metric that outlives finalize crashes the process on its way out
+        # Triton's metrics and senders crash the process when they are freed after this, by the interpreter's end.
+        vars(self).clear()
+        gc.collect()
 
     def _load(self, folder: Path, provider: Provider) -> tuple[Decoder, Decoder | None]:
         settings, free = self._settings, device_of(provider).free_bytes()

@@ -53,6 +53,8 @@ def number_tensor(name: str, numbers: Sequence[float], kind: type[np.generic]) -
 
 def respond(sender: Any, texts: Sequence[str], info: str, more: Mapping[str, Any], flags: int = 0) -> None:
     """Send text_output, info and the tensors `more`."""
+    # Held until send() has returned: it drops outputs that were not asked for, and would free them without the GIL
+    # (tritonserver 2.51; mended in python_backend #390).
     tensors = [text_tensor("text_output", texts), text_tensor("info", [info]), *more.values()]
     sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
