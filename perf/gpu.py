@@ -327,7 +327,10 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment that has vLLM, to measure it too")
     parser.add_argument("--through-triton", action="store_true", help="serve the pair, too, as perf.gpu_triton does")
     arguments = parser.parse_args()
-    cupy = importlib.import_module("cupy")
+    try:
+        cupy = importlib.import_module("cupy")
+    except ModuleNotFoundError:
+        parser.error("it needs an NVIDIA GPU, and onnxruntime-gpu and CuPy installed")
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     bandwidth = measure_bandwidth()
     made = json.loads((arguments.pair / "prompts.json").read_text())
