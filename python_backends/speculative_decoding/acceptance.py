@@ -24,8 +24,10 @@ def accept_drafts(sequences: Row[Sequence], drafts: Drafts, logits: Logits) -> l
     drafted = [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
     chosen = choose_together(sequences, drafted, logits)
     return [
-        _accept_row(sequence, drafted[row], drafts.distributions.get(row, []), logits[row], chosen[row])
-        for row, sequence in enumerate(sequences)
+        _accept_row(sequence, drafted[row], drafts.distributions.get(row, []), logits[row])
+        if choices is None
+        else accept(drafted[row], choices.__getitem__)
+        for row, (sequence, choices) in enumerate(zip(sequences, chosen, strict=True))
     ]
 
 
@@ -58,13 +60,9 @@ def _adjustments(sequences: Row[Sequence], drafted: Row[Row[int]], width: int) -
     return found if len(found.entries) else None
 
 
-def _accept_row(
-    sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits, chosen: list[int] | None
-) -> list[int]:
-    """Return the tokens of one row to commit, given its logits [at least k + 1, vocabulary] or the choices of them."""
+def _accept_row(sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits) -> list[int]:
+    """Return the tokens of one row to commit, given its logits [at least k + 1, vocabulary]."""
     sampler = sequence.sampler
-    if chosen is not None:
-        return accept(drafted, chosen.__getitem__)
     if sequence.by_rejection:
         return accept_by_rejection(
             drafted,

@@ -177,7 +177,7 @@ class Engine:
             slot, sequence = first + place, begun[place]
             sequence.first_token = time.monotonic()
             self.statistics.prompt_tokens += len(sequence.prompt)
-            self._commit(slot, sequence, first_tokens[place], logits[place])
+            self._commit(slot, sequence, first_tokens[place], logits, place)
             if not sequence.finished:  # its first token is on its way: now others may use the prompt
                 self._prefixes.keep(slot, sequence)
 
@@ -198,7 +198,7 @@ class Engine:
         for slot in reversed(range(len(running))):  # a sequence that ends is replaced by a later one, already served
             sequence, length, tokens = running[slot], int(drafts.lengths[slot]), accepted[slot]
             self._record(sequence, length, tokens)
-            self._commit(slot, sequence, tokens, logits[slot])
+            self._commit(slot, sequence, tokens, logits, slot)
         self.statistics.model_s += self._ran_s() - ran
         verify_s = time.perf_counter() - verify_at
         self.statistics.rounds += 1
@@ -249,11 +249,14 @@ class Engine:
         self._speculation.record_round(drafts, seconds, verify_s)
         self._prefill.record_round(seconds)
 
-    def _commit(self, slot: int, sequence: Sequence, tokens: list[int], logits: Logits) -> None:
-        """Add tokens to a running sequence, roll both models back to what stands, and emit; end it where it ends."""
+    def _commit(self, slot: int, sequence: Sequence, tokens: list[int], logits: Logits, row: int) -> None:
+        """Add tokens, chosen of a row of logits, to a running sequence, roll both models back to what stands, and emit.
+
+        End it where it ends.
+        """
         new, reason = sequence.until_end(tokens, self.context_length)
         if (most := sequence.options.logprobs) is not None:
-            sequence.logprobs += [token_logprobs(logits[place], token, most) for place, token in enumerate(new)]
+            sequence.logprobs += [token_logprobs(logits[row][place], token, most) for place, token in enumerate(new)]
         sequence.commit(new)
         self._count(sequence, len(new))
         if reason:

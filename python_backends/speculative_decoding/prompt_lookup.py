@@ -18,27 +18,35 @@ NO_MATCH = Match(0, 0)
 
 
 class PromptLookup:
-    """An index over one sequence's tokens, prompt included, that grows as they do. A step takes microseconds."""
+    """An index over one sequence's tokens, prompt included, that grows as they do. A step takes microseconds.
+
+    It holds nothing but integers, which Python's garbage collector has no work with.
+    """
 
     def __init__(self, tokens: list[int]) -> None:
         """`tokens` may grow at its end."""
         self._tokens = tokens
-        self._indexed = SHORTEST_MATCH  # tokens whose ending pair is in the index, but for the last
-        self._places: dict[tuple[int, int], list[int]] = {}
+        self._latest: dict[int, int] = {}  # by pair of tokens, the place after it
+        self._earlier = [0] * SHORTEST_MATCH  # by place, that after the same pair before, 0 for none
 
     def find(self) -> Match:
         """Return the longest match, the latest of equally long ones."""
         tokens = self._tokens
         if len(tokens) <= SHORTEST_MATCH:
             return NO_MATCH
-        for place in range(self._indexed, len(tokens)):
-            self._places.setdefault((tokens[place - 2], tokens[place - 1]), []).append(place)
-        self._indexed = max(self._indexed, len(tokens))
+        for place in range(len(self._earlier), len(tokens)):
+            pair = _pair(tokens[place - 2], tokens[place - 1])
+            self._earlier.append(self._latest.get(pair, 0))
+            self._latest[pair] = place
         best = NO_MATCH
-        for place in reversed(self._places.get((tokens[-2], tokens[-1]), [])[-OCCURRENCES:]):
+        place = self._latest.get(_pair(tokens[-2], tokens[-1]), 0)
+        for _ in range(OCCURRENCES):
+            if not place or best.length == LONGEST_MATCH:
+                break
             length = self._length(place)
             if length > best.length:
                 best = Match(length, place)
+            place = self._earlier[place]
         return best
 
     def propose(self, match: Match, count: int) -> list[int]:
@@ -58,3 +66,7 @@ class PromptLookup:
         while length < min(LONGEST_MATCH, place) and tokens[place - length - 1] == tokens[end - length - 1]:
             length += 1
         return length
+
+
+def _pair(first: int, second: int) -> int:
+    return first << 32 | second

@@ -208,7 +208,8 @@ class Speculation:
             if candidate.source != MODEL and length:
                 copied = running[candidate.row].lookup.propose(candidate.match, length)
                 tokens[candidate.row, :length] = copied
-                distributions[candidate.row] = [_certain(token) for token in copied]
+                if running[candidate.row].by_rejection:
+                    distributions[candidate.row] = [_certain(token) for token in copied]
         return Drafts(tokens, lengths, distributions)
 
     def _drop_unprepared(
