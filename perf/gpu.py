@@ -50,7 +50,7 @@ from speculative_decoding.warm_up import measure_costs
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT, PAST = 2048, 512
-STEPS = tuple((batch, width) for batch in (1, 8, 32, 64) for width in (1, 5, 8))
+STEPS = tuple((batch, width) for batch in (1, 8, 32, 64) for width in (1, 4, 8))
 AT_ONCE = (1, 8, 32, 64)
 SPECULATION_LENGTH = 8
 ANSWER_TOKENS = 96

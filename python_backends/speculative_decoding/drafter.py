@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as Rows
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
 from speculative_decoding.paged_call import LEAST_WIDTH
-from speculative_decoding.paged_model import WIDTHS, PagedModel
+from speculative_decoding.paged_model import FOLLOWED_WIDTH, WIDTHS, PagedModel
 from speculative_decoding.sampling import Distribution, wishes_of
 from speculative_decoding.sequence import Sequence
 
@@ -76,6 +77,7 @@ class ModelDrafter(Drafter):
         self._loops: list[DraftLoop] = []
         if isinstance(model, LanguageModel) and model.weight_bytes <= LARGEST_BYTES:
             self._loops = [DraftLoop(model, steps) for steps in sorted(loops)]
+        self._most_unseen = FOLLOWED_WIDTH if isinstance(model, PagedModel) else 2  # what propose() takes in by itself
 
     @property
     def ran_s(self) -> float:
@@ -86,7 +88,7 @@ class ModelDrafter(Drafter):
         chunks, able = dict[int, list[int]](), set[int]()
         for slot, tokens in committed.items():
             missing = tokens[self._model.lengths[slot] : -1]
-            if len(missing) <= 1:  # what propose() takes in by itself
+            if len(missing) < self._most_unseen:
                 able.add(slot)
             elif left >= LEAST_WIDTH:
                 chunks[slot] = missing[:left]
@@ -98,16 +100,30 @@ class ModelDrafter(Drafter):
         return able
 
     def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
-        rows = int(np.flatnonzero(lengths)[-1]) + 1
-        sequences, lengths, longest = sequences[:rows], lengths[:rows], int(lengths.max())
-        tokens, counts = self._unseen(sequences, lengths)
-        sampled = [row for row in range(rows) if lengths[row] and not sequences[row].options.is_bare]
+        longest = int(lengths.max())
+        sampled = [row for row in np.flatnonzero(lengths).tolist() if not sequences[row].options.is_bare]
         if isinstance(self._model, PagedModel) and not any(sequences[row].by_rejection for row in sampled):
-            wishes = wishes_of([one.sampler for one in sequences], longest).T if sampled else None
-            return Proposals(self._model.follow(tokens, counts, longest, wishes), {})
+            return Proposals(self._follow(self._model, sequences, lengths, bool(sampled)), {})
+        rows = int(np.flatnonzero(lengths)[-1]) + 1
+        sequences, lengths = sequences[:rows], lengths[:rows]
+        tokens, counts = self._unseen(sequences, lengths > 0)
         if not sampled and (loop := self._loop(rows, longest)):
             return Proposals(loop.run(tokens, counts)[:, :longest], {})
         return self._step_by_step(sequences, lengths, tokens, counts, sampled)
+
+    def _follow(
+        self, model: PagedModel, sequences: Rows[Sequence], lengths: NDArray[np.int32], sampled: bool
+    ) -> NDArray[np.int64]:
+        """Propose on the device. Rows that nothing is proposed for take in what they lack: in this call it is free."""
+        longest = int(lengths.max())
+        behind = np.array([len(one.tokens) for one in sequences]) - model.lengths[: len(sequences)]
+        keeping_up = (lengths == 0) & (behind <= self._most_unseen)
+        tokens, counts = self._unseen(sequences, (lengths > 0) | keeping_up)
+        wishes = wishes_of([one.sampler for one in sequences], longest).T if sampled else None
+        proposed = model.follow(tokens, counts, longest, wishes)
+        for row in np.flatnonzero(keeping_up).tolist():
+            model.truncate(row, len(sequences[row].tokens))
+        return proposed
 
     def _step_by_step(
         self,
@@ -140,8 +156,9 @@ class ModelDrafter(Drafter):
         """Make, in slots that are empty again after, each call that is captured when it is first made."""
         if not isinstance(self._model, PagedModel):
             return
-        for rows in self._model.row_counts:
-            self.rehearse(rows, 1)
+        for rows, width in product(self._model.row_counts, (LEAST_WIDTH, FOLLOWED_WIDTH)):
+            self._model.follow(np.zeros((rows, width), np.int64), np.full(rows, width, np.int32), 1, None)
+            self._model.lengths[:] = 0
         for size in (*WIDTHS, *self._model.chunks):
             self._model.forward_prompts(0, [[0] * size])
             self._model.truncate(0, 0)
@@ -173,11 +190,11 @@ class ModelDrafter(Drafter):
         return sequence.sampler.choose(logits, ahead, Stream.DRAFT)
 
     def _unseen(
-        self, sequences: Rows[Sequence], lengths: NDArray[np.int32]
+        self, sequences: Rows[Sequence], wanted: NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Return each row's committed tokens that the draft has not seen: one, or two after a full acceptance."""
+        """Return the committed tokens of the rows `wanted` that the draft has not seen: one, two or a few of each."""
         unseen = [
-            sequence.tokens[self._model.lengths[slot] :] if lengths[slot] else []
+            sequence.tokens[self._model.lengths[slot] :] if wanted[slot] else []
             for slot, sequence in enumerate(sequences)
         ]
         counts = np.array([len(tokens) for tokens in unseen], np.int32)

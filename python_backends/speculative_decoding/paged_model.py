@@ -38,9 +38,12 @@ import onnxruntime
 # CUDA's PagedAttention reads blocks of 256 tokens with FlashAttention. With any other size it gathers each sequence's
 # keys and values first: 8 rows of 5 tokens then took 8.3 ms in place of 1.9 (Llama 1.1B, H200, ONNX Runtime 1.31).
 BLOCK_TOKENS = 256
-WIDTHS = (2, 5, 9, KEPT_WIDTH)  # of captured calls: a wider row costs next to nothing, one more shape costs memory
+# Of captured calls: a wider row costs next to nothing, one more shape costs memory. With powers of two the rows fill a
+# call up to most_tokens, 256 for 0.28B on an H100: 64 rows of 4, 32 of 8.
+WIDTHS = (2, 4, 8, KEPT_WIDTH)
+FOLLOWED_WIDTH = WIDTHS[1]  # tokens that a row may be fed before what follows them is drafted
 CHUNKS = (32, 64, 128, 256, 512)  # of prompts alone: ONNX Runtime takes 20 ms and more for a shape it has not seen
-MIXED_WIDTHS, MIXED_CHUNKS = (2, 5, 9), (64, 128, 256)  # of calls that have both rows and prompts
+MIXED_WIDTHS, MIXED_CHUNKS = (2, 4, 8), (64, 128, 256)  # of calls that have both rows and prompts
 NO_ROWS = np.zeros((0, 0), np.int64), np.zeros(0, np.int32)
 ELEMENTS: dict[int, DTypeLike] = {TensorProto.FLOAT16: np.float16, TensorProto.FLOAT: np.float32}
 
@@ -95,7 +98,7 @@ class PagedModel:
             in_tier = tier_bytes // self.block_bytes if cached else 0
             tier = HostTier(self._device, self._memory, in_tier) if in_tier else None
             most, longest = slots * KEPT_WIDTH + PROMPTS, MAX_SPECULATION_LENGTH
-            wishes = max(most, longest * slots * LEAST_WIDTH) * WISH.itemsize
+            wishes = max(most, longest * slots * FOLLOWED_WIDTH) * WISH.itemsize
             self._results = Results(
                 self._device.zeros((most, self.shape.vocabulary), self._element),
                 self._device.zeros((most,), np.int32),
@@ -122,8 +125,8 @@ class PagedModel:
 
     @property
     def context_length(self) -> int:
-        """Tokens that a slot can hold: one less than the positions there are, for a row's least width."""
-        return self.shape.context_length - (LEAST_WIDTH - 1)
+        """Tokens that a slot can hold: fewer than the positions there are, for a row may be as wide at its end."""
+        return self.shape.context_length - (FOLLOWED_WIDTH - 1)
 
     @property
     def weight_bytes(self) -> int:
@@ -197,11 +200,11 @@ class PagedModel:
         return self._rows_of(call, rows, width), self._prompts_of(call, chunks)
 
     def follow(self, tokens: Tokens, counts: Counts, steps: int, wishes: NDArray[np.void] | None) -> Tokens:
-        """Feed row r its first counts[r] of `tokens` [rows, 1 or 2], and return what follows, int64 [rows, steps].
+        """Feed row r its first counts[r] of `tokens`, and return what follows them, int64 [rows, steps].
 
-        wishes: WISH [steps, rows], how each step's token is chosen; None for the likeliest. What is chosen is fed by
-        the device to itself. A slot then holds all but the last of what follows; one that was fed nothing stays as
-        it is. Every slot needs room for `width` + `steps` more tokens.
+        `tokens` is int64 [rows, FOLLOWED_WIDTH at most]. wishes: WISH [steps, rows], how each step's token is chosen;
+        None for the likeliest. What is chosen is fed by the device to itself. A slot then holds all but the last of
+        what follows; one that was fed nothing stays as it is. Every slot needs room for `width` + `steps` more tokens.
         """
         rows, width = tokens.shape
         call = self._start(0, tokens, counts, width + steps)
@@ -219,6 +222,13 @@ class PagedModel:
         """Return how many tokens each of so many rows may have in one call."""
         padded = self._captured_rows(rows)
         return max((width for width in WIDTHS if padded * width <= self.most_tokens), default=LEAST_WIDTH)
+
+    def call_shape(self, rows: int, width: int, longest: int = 0) -> CallShape:
+        """Return the call that serves so many: one that is captured, if the longest of the rows has room for it."""
+        wide = next(wide for wide in WIDTHS if wide >= width)
+        if longest + wide > self.shape.context_length:
+            wide = max(width, LEAST_WIDTH)
+        return CallShape(self._captured_rows(rows), wide)
 
     @property
     def row_counts(self) -> list[int]:
@@ -266,7 +276,7 @@ class PagedModel:
 
     def rehearsal(self, rows: int, width: int) -> Callable[[], None]:
         """Return the bare call that serves so many rows and tokens, without what surrounds it, to be timed."""
-        call = self._bind(self._padded(rows, width, 0))
+        call = self._bind(self.call_shape(rows, width))
 
         def run() -> None:
             call.run()
@@ -284,13 +294,6 @@ class PagedModel:
     def _captured_rows(self, rows: int) -> int:
         return min(1 << (rows - 1).bit_length(), self.slots)
 
-    def _padded(self, rows: int, width: int, longest: int) -> CallShape:
-        """Return the call that serves so many: one that is captured, if it has room."""
-        wide = next(wide for wide in WIDTHS if wide >= width)
-        if longest + wide > self.shape.context_length:
-            wide = max(width, LEAST_WIDTH)
-        return CallShape(self._captured_rows(rows), wide)
-
     def _mixed(self, rows: int, width: int, chunks: Sequence[Sequence[int]]) -> CallShape | None:
         """Return the call that serves so many, if one is captured and has room."""
         size = sum(max(len(chunk), LEAST_WIDTH) for chunk in chunks)
@@ -305,7 +308,7 @@ class PagedModel:
         """Queue a call on the slots first, first + 1, ..., each with room for so many more tokens, and return it."""
         rows, width = tokens.shape
         lengths = self.lengths[first : first + rows]
-        shape = self._padded(rows, width, int(lengths.max(initial=0)))
+        shape = self.call_shape(rows, width, int(lengths.max(initial=0)))
         room = max(room, shape.width)
         for slot, length in enumerate(lengths.tolist(), first):
             self._reserve(slot, length, length + room)

@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import numpy as np
 
 from speculative_decoding.decoder import Decoder
 from speculative_decoding.drafter import ModelDrafter
+from speculative_decoding.paged_call import CallShape
+from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.speculation import most_copied
 from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
 
@@ -26,24 +29,41 @@ def measure_costs(target: Decoder, drafter: ModelDrafter | None, longest: int) -
     """
     if drafter:
         drafter.warm_up()
-    verify = _measure(target, (1, longest + 1, most_copied(longest) + 1))
+    if isinstance(target, PagedModel):
+        verify = _measure_captured(target)
+    else:
+        verify = _measure(target, (1, longest + 1, most_copied(longest) + 1))
     verify = {(rows, width - 1): seconds for (rows, width), seconds in verify.items()}
     few, many = ((width, _timed(target, 1, width)) for width in PREFILL_WIDTHS)
     prefill = PrefillCost.through(few, many)
-    draft_steps = _draft_steps(drafter, target.slots, longest) if drafter else {(1, 0): 0.0}
+    draft_steps = _draft_steps(drafter, longest) if drafter else {(1, 0): 0.0}
     return StepCosts(
         CostTable.interpolate(target.slots, draft_steps), CostTable.interpolate(target.slots, verify), prefill
     )
 
 
-def _draft_steps(drafter: ModelDrafter, slots: int, longest: int) -> dict[tuple[int, int], float]:
+def _draft_steps(drafter: ModelDrafter, longest: int) -> dict[tuple[int, int], float]:
     """Return seconds of drafting by (rows, length)."""
+    model = drafter.model
+    row_counts = model.row_counts if isinstance(model, PagedModel) else sorted({1, model.slots})
     lengths = sorted({1, 2, longest // 2, longest} - {0})
-    seconds = {(rows, 0): 0.0 for rows in (1, slots)}
-    for rows in sorted({1, slots}):
-        for length in lengths:
-            seconds[rows, length] = _least_seconds(partial(drafter.rehearse, rows, length))
+    seconds = {(rows, 0): 0.0 for rows in row_counts}
+    for rows, length in product(row_counts, lengths):
+        seconds[rows, length] = _least_seconds(partial(drafter.rehearse, rows, length))
     return seconds
+
+
+def _measure_captured(model: PagedModel) -> dict[tuple[int, int], float]:
+    """Return seconds by (rows, width) of all calls that there may be: those of the captured call that serves each."""
+    seconds: dict[CallShape, float] = {}
+    measured = {}
+    for rows in range(1, model.slots + 1):
+        for width in range(1, model.widest(rows) + 1):
+            shape = model.call_shape(rows, width)
+            if shape not in seconds:
+                seconds[shape] = _timed(model, *shape[:2])
+            measured[rows, width] = seconds[shape]
+    return measured
 
 
 def _measure(model: Decoder, widths: tuple[int, ...]) -> dict[tuple[int, int], float]:

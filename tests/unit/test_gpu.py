@@ -144,7 +144,7 @@ def test_what_a_draft_feeds_itself_is_what_it_would_be_fed_step_by_step(
 ) -> None:
     model, steps = load(folder), 6
     prompts = np.random.default_rng(0).integers(0, TINY.vocabulary, (5, 40))
-    counts, tokens = np.array([1, 2, 0, 2, 1], np.int32), prompts[:, -2:]
+    counts, tokens = np.array([1, 2, 0, 4, 3], np.int32), prompts[:, -4:]
     samplers = [
         Sampler(GenerationOptions(seed=row, **sampling), prompt.tolist(), frozenset())
         for row, prompt in enumerate(prompts)
@@ -153,12 +153,12 @@ def test_what_a_draft_feeds_itself_is_what_it_would_be_fed_step_by_step(
     def begin() -> None:
         for slot, prompt in enumerate(prompts):
             model.truncate(slot, 0)
-            model.forward(slot, prompt[None, :-2], np.array([38], np.int32))
+            model.forward(slot, prompt[None, :-4], np.array([36], np.int32))
 
     begin()
     wishes = wishes_of(samplers, steps).T
     followed = model.follow(tokens, counts, steps, wishes if sampling else None)
-    assert model.lengths[:5].tolist() == [38 + count + steps - 1 if count else 38 for count in counts]
+    assert model.lengths[:5].tolist() == [36 + count + steps - 1 if count else 36 for count in counts]
     begin()
     fed, times = tokens, counts
     for step in range(steps):

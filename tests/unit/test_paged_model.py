@@ -267,6 +267,28 @@ def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_c
     assert together.model.lengths.tolist() == [39] * SLOTS
 
 
+def test_a_draft_keeps_up_with_rows_that_others_draft_for(paged: tuple[PreTrainedModel, Path]) -> None:
+    keeping, late, bench = ModelDrafter(load(paged[1])), ModelDrafter(load(paged[1])), Bench(paged)
+    sequences = [Sequence(bench.tokens(40), GenerationOptions(), lambda *_: None, frozenset()) for _ in range(3)]
+    keeping.fill({slot: sequence.tokens for slot, sequence in enumerate(sequences)})
+    calls = list[str]()
+    count_prompts(keeping.model, calls)
+    for copied in (1, 3, 2):  # the first row is drafted for; the second and third have tokens of somebody else's
+        keeping.propose(sequences, np.array([4, 0, 0], np.int32))
+        assert keeping.model.lengths[:3].tolist() == [len(sequences[0].tokens) + 3, *[len(sequences[1].tokens)] * 2]
+        for row, sequence in enumerate(sequences):
+            sequence.commit(bench.tokens(1 if row == 0 else copied + 1))
+            keeping.commit(row, len(sequence.tokens))
+    committed = {slot: sequence.tokens for slot, sequence in enumerate(sequences)}
+    assert keeping.fill(committed) == {0, 1, 2} and not calls
+    for _ in range(2):  # nothing yet, and more than it may take in between two rounds
+        able = late.fill(committed)
+    assert able == {0, 1, 2}
+    asked = np.full(3, 4, np.int32)
+    assert keeping.propose(sequences, asked).tokens.tolist() == late.propose(sequences, asked).tokens.tolist()
+    keeping.model.check_integrity()
+
+
 def test_a_request_waits_for_no_call_to_be_captured(paged: tuple[PreTrainedModel, Path]) -> None:
     target, draft = load(paged[1]), load(paged[1])
     assert limit_tokens(target)
@@ -320,7 +342,7 @@ class Dependent(PagedModel):
         call.logits[used - 1] += 1
 
 
-@pytest.mark.parametrize("good", [SLOTS * 5, 3])
+@pytest.mark.parametrize("good", [SLOTS * WIDTHS[1], 3])
 def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTrainedModel, Path], good: int) -> None:
     target, draft = Dependent(paged[1], SLOTS, 1, False, block_tokens=BLOCK), load(paged[1])
     target.good = good
@@ -328,7 +350,7 @@ def test_no_more_tokens_are_fed_at_once_than_keep_their_bits(paged: tuple[PreTra
     assert target.most_tokens <= good
     if target.most_tokens < SLOTS * WIDTHS[0]:
         return
-    assert target.widest(SLOTS) == 5
+    assert target.widest(SLOTS) == WIDTHS[1]
     prompts = [Bench(paged).tokens(count) for count in (50, 3, 20, 9)]
     options = GenerationOptions(max_tokens=20, ignore_eos=True)
     target.most_fed = 0
