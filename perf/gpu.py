@@ -336,7 +336,7 @@ def main() -> None:
     made = json.loads((arguments.pair / "prompts.json").read_text())
     prompts = made.pop("prompts")
     results: dict[str, Any] = {
-        "machine": {**describe_machine(), "gpu": gpu, "onnxruntime": onnxruntime.__version__},
+        "machine": {**describe_machine(), "gpu": gpu},
         "bandwidth_tb_s": round(bandwidth, 3),
     }
     pair = Pair(arguments.pair)

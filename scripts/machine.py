@@ -2,8 +2,9 @@
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
+
+import onnxruntime
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -15,5 +16,5 @@ def describe_machine() -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "memory_gib": round(memory / 2**30),
         "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"),
+        "onnxruntime": onnxruntime.__version__,
     }
