@@ -1,11 +1,14 @@
-"""From the engine's tokens to a client's responses, on a thread of its own so that decoding never waits for sending."""
+"""From the engine's tokens to a client's responses, on a thread of its own so that decoding never waits for sending.
+
+What an answer got while others were being sent goes into one response: the busier this thread, the fewer it sends.
+"""
 
 import enum
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from speculative_decoding.logprobs import TokenLogprob
@@ -105,6 +108,7 @@ class Responder:
         self._cancel = cancel
         self._events: queue.SimpleQueue[Event | _Signal] = queue.SimpleQueue()
         self._conversations: dict[Sequence, _Conversation] = {}
+        self._polled = 0.0
         self._thread = threading.Thread(target=self._run, name="responder", daemon=True)
         self._thread.start()
 
@@ -127,22 +131,26 @@ class Responder:
         self._thread.join()
 
     def _run(self) -> None:
-        looked = 0.0
-        while (event := self._next()) is not _Signal.CLOSE:
-            if not isinstance(event, _Signal):
+        events = list[Event | _Signal]()
+        while _Signal.CLOSE not in events:
+            events = self._wait()
+            for event in _together(event for event in events if not isinstance(event, _Signal)):
                 try:
                     self._handle(*event)
                 except Exception:
                     logger.exception("a response could not be sent")
-            if time.monotonic() - looked >= CANCELLATION_POLL_S:  # however busy the others are
-                self._poll_cancellations()
-                looked = time.monotonic()
+                self._poll_cancellations()  # however busy the others are
+            self._poll_cancellations()
 
-    def _next(self) -> Event | _Signal:
+    def _wait(self) -> list[Event | _Signal]:
+        """Wait for an event, for a while where clients may go, and return all that there are."""
+        events = list[Event | _Signal]()
         try:
-            return self._events.get(timeout=CANCELLATION_POLL_S if self._conversations else None)
+            events.append(self._events.get(timeout=CANCELLATION_POLL_S if self._conversations else None))
+            while True:
+                events.append(self._events.get_nowait())
         except queue.Empty:
-            return _Signal.LOOK
+            return events
 
     def _handle(self, sequence: Sequence, tokens: list[int], reason: FinishReason | None) -> None:
         conversation = self._conversations.get(sequence)
@@ -166,6 +174,18 @@ class Responder:
         conversation.reply.complete(sequence, conversation.rest(), whole, reason)
 
     def _poll_cancellations(self) -> None:
+        if time.monotonic() - self._polled < CANCELLATION_POLL_S:
+            return
+        self._polled = time.monotonic()
         for sequence, conversation in list(self._conversations.items()):
             if not sequence.cancelled and conversation.reply.is_cancelled():
                 self._cancel(sequence)
+
+
+def _together(events: Iterable[Event]) -> list[Event]:
+    """Return one event for each sequence: all of its tokens, and how it ended if it did."""
+    merged: dict[Sequence, Event] = {}
+    for sequence, tokens, reason in events:
+        _, before, _ = merged.get(sequence, (sequence, [], None))
+        merged[sequence] = sequence, before + tokens, reason
+    return list(merged.values())

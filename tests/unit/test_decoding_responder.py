@@ -64,6 +64,13 @@ class Bench:
         self.responder.open(sequence, recorder)
         return sequence, recorder
 
+    def settle(self) -> None:
+        """Return when all that was emitted has been handled."""
+        marker, recorder = self.open(stream=False)
+        handled, recorder.complete = threading.Event(), lambda *_: handled.set()
+        marker.listener(marker, [], "length")
+        assert handled.wait(DEADLINE_S)
+
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
@@ -78,6 +85,7 @@ def test_the_answer_is_whole_in_pieces_or_at_once(stream: bool) -> None:
     sequence, client = bench.open(stream)
     for token in TOKENIZER.encode_prompt(TEXT):
         sequence.listener(sequence, [token], None)
+        bench.settle()
     sequence.listener(sequence, [], "stop")
     bench.responder.close()
     assert client.last
@@ -109,12 +117,36 @@ def stopped(tokens: list[int], sizes: list[int], stream: bool, min_tokens: int) 
     for size in [*sizes, len(tokens)]:
         if rest:
             sequence.listener(sequence, rest[:size], None)
+            bench.settle()
         rest = rest[size:]
     sequence.listener(sequence, [], "cancelled")
     bench.responder.close()
     assert client.last and client.failure is None
     assert "".join([*client.partials, client.last[0]]) == client.last[1]
     return client.last[1], sum(client.tokens), client.last[2], bench.cancelled == [sequence]
+
+
+def test_what_comes_while_others_are_sent_goes_into_one_response(bench: Bench) -> None:
+    (slow, busy), (sequence, client) = bench.open(stream=True), bench.open(stream=True)
+    sending, go_on, partial = threading.Event(), threading.Event(), busy.partial
+
+    def wait(*given: Any) -> None:
+        sending.set()
+        assert go_on.wait(DEADLINE_S)
+        partial(*given)
+
+    busy.partial = wait
+    tokens = TOKENIZER.encode_prompt(TEXT)
+    slow.listener(slow, tokens, None)
+    assert sending.wait(DEADLINE_S)
+    for token in tokens:
+        sequence.listener(sequence, [token], None)
+    sequence.listener(sequence, [], "length")
+    slow.listener(slow, tokens, "length")
+    go_on.set()
+    bench.responder.close()
+    assert (client.partials, client.last, client.tokens) == ([], (TEXT, TEXT, "length"), [len(tokens)])
+    assert busy.partials == [TEXT] and busy.last == (TEXT, TEXT + TEXT, "length")
 
 
 def test_logprobs_come_with_their_tokens_and_none_after_a_stop() -> None:
