@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speculative_decoding.acceptance import accept_drafts
+from speculative_decoding.burst import Burst
 from speculative_decoding.decoder import Decoder, Logits
 from speculative_decoding.departures import Departures
 from speculative_decoding.drafter import Drafter
@@ -59,6 +60,7 @@ class Engine:
         self.kv_tokens = kv_tokens
         self._target = target
         self._drafter = drafter
+        self._burst = Burst(target, costs)
         self._prefixes = prefix_reuse(kv_cache, target, drafter)
         self._prefill = Prefill(target, self._prefixes, costs)
         self._speculation = Speculation(drafter, speculation_length, costs)
@@ -182,30 +184,38 @@ class Engine:
                 self._prefixes.keep(slot, sequence)
 
     def _round(self, chunks: list[Chunk]) -> None:
-        """Draft, verify and accept for every running sequence, in one call of the target, which takes chunks along."""
+        """Draft, verify and accept for every running sequence, in one call of the target, which takes chunks along.
+
+        Or decode plainly, in a burst.
+        """
         started, ran = time.perf_counter(), self._ran_s()
         running = list(self._scheduler.running)
         drafts = self._draft(running)
+        steps = 1 if chunks or drafts.tokens.size else self._burst.length(running)
         draft_s = time.perf_counter() - started
         if chunks and not self._can_take_along(drafts, chunks):
             self._feed(chunks)
             chunks = []
         verify_at = time.perf_counter()
-        logits, of_chunks = self._verify(running, drafts, chunks)
-        accepted = accept_drafts(running, drafts, logits)
-        if of_chunks is not None:
-            self._begin(chunks, of_chunks)
+        logits: Logits | None = None
+        if steps > 1:
+            accepted = self._burst.decode(running, steps)
+        else:
+            logits, of_chunks = self._verify(running, drafts, chunks)
+            accepted = accept_drafts(running, drafts, logits)
+            if of_chunks is not None:
+                self._begin(chunks, of_chunks)
         for slot in reversed(range(len(running))):  # a sequence that ends is replaced by a later one, already served
             sequence, length, tokens = running[slot], int(drafts.lengths[slot]), accepted[slot]
             self._record(sequence, length, tokens)
             self._commit(slot, sequence, tokens, logits, slot)
         self.statistics.model_s += self._ran_s() - ran
         verify_s = time.perf_counter() - verify_at
-        self.statistics.rounds += 1
-        self.statistics.plain_rounds += not drafts.tokens.size
+        self.statistics.rounds += steps
+        self.statistics.plain_rounds += 0 if drafts.tokens.size else steps
         self.statistics.step_s += draft_s + verify_s
         if not chunks:
-            self._learn(drafts, draft_s + verify_s, verify_s)
+            self._learn(drafts, (draft_s + verify_s) / steps, verify_s / steps)
 
     def _ran_s(self) -> float:
         """Return the seconds spent within ONNX Runtime so far."""
@@ -238,7 +248,7 @@ class Engine:
 
     def _record(self, sequence: Sequence, drafted: int, tokens: list[int]) -> None:
         """Learn from how many drafted tokens stood, of which the next `tokens` begin with."""
-        accepted = len(tokens) - 1
+        accepted = len(tokens) - 1 if drafted else 0
         sequence.drafted += drafted
         sequence.accepted += accepted
         self._speculation.record(sequence, drafted, tokens)
@@ -249,13 +259,13 @@ class Engine:
         self._speculation.record_round(drafts, seconds, verify_s)
         self._prefill.record_round(seconds)
 
-    def _commit(self, slot: int, sequence: Sequence, tokens: list[int], logits: Logits, row: int) -> None:
-        """Add tokens, chosen of a row of logits, to a running sequence, roll both models back to what stands, and emit.
+    def _commit(self, slot: int, sequence: Sequence, tokens: list[int], logits: Logits | None, row: int) -> None:
+        """Add tokens to a running sequence, roll both models back to what stands, and emit; end it where it ends.
 
-        End it where it ends.
+        `row` of the logits is what they were chosen of, where the host has any.
         """
         new, reason = sequence.until_end(tokens, self.context_length)
-        if (most := sequence.options.logprobs) is not None:
+        if logits is not None and (most := sequence.options.logprobs) is not None:
             sequence.logprobs += [token_logprobs(logits[row][place], token, most) for place, token in enumerate(new)]
         sequence.commit(new)
         self._count(sequence, len(new))

@@ -65,6 +65,11 @@ class Sequence:
         return self.options.acceptance == "rejection" and self.options.temperature > 0
 
     @property
+    def needs_host(self) -> bool:
+        """Whether more than filters and noise, which a device has, decides what comes next or is told of it."""
+        return self.by_rejection or self.sampler.looks_back or self.options.logprobs is not None
+
+    @property
     def deadline(self) -> float:
         """When its client stops waiting, on time.monotonic()'s clock."""
         return self.options.deadline(self.arrived)

@@ -7,17 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from speculative_decoding.burst import MOST_S, MOST_STEPS
 from speculative_decoding.decoder import DecoderSettings, load_decoder
 from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import CPU
-from speculative_decoding.options import GenerationOptions
+from speculative_decoding.options import MAX_SPECULATION_LENGTH, GenerationOptions
 from speculative_decoding.paged_call import KEPT_WIDTH, PROMPTS, CallShape, PagedCall
 from speculative_decoding.paged_independence import limit_tokens
 from speculative_decoding.paged_model import CHUNKS, MIXED_WIDTHS, WIDTHS, PagedModel
 from speculative_decoding.prefix_reuse import open_prefix_cache
 from speculative_decoding.reuse_settings import ReuseSettings
 from speculative_decoding.sequence import Sequence
+from speculative_decoding.step_costs import CostTable, PrefillCost, StepCosts
 from speculative_decoding.warm_up import measure_costs
 from transformers import PreTrainedModel
 
@@ -240,6 +242,33 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     assert "forward_mixed of 1" in calls and set(calls) & {"forward_prompts of 2", "forward_prompts of 4"}
     for model in (target, draft):
         model.check_integrity()
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.95}], ids=["greedy", "seeded"])
+def test_a_burst_of_plain_steps_gives_what_they_give_one_by_one(
+    paged: tuple[PreTrainedModel, Path], sampling: dict[str, float]
+) -> None:
+    alone, target, bench = load(paged[1], 1, 0), load(paged[1]), Bench(paged)
+    room = target.context_length - 6
+    prompts = [bench.tokens(count) for count in (5, 30, room, 12, 3, 40, 8)]
+    wishes = [{"max_tokens": count} for count in (1, 2, 30, 17, 14, 3, 21)]
+    wishes[3] |= {"logprobs": 2}
+    wishes[4] |= {"min_tokens": 6, **PENALTIES}
+    options = [GenerationOptions(seed=row, **wish, **sampling) for row, wish in enumerate(wishes)]
+    expected = [decode_plainly(alone, prompt, wish)[0] for prompt, wish in zip(prompts, options, strict=True)]
+    cost = CostTable(np.full((SLOTS, MAX_SPECULATION_LENGTH + 1), MOST_S / MOST_STEPS))
+    cost.observe = lambda *_: None  # this machine is not as fast
+    steps, follow = list[int](), target.follow
+    target.follow = lambda *given: steps.append(given[2]) or follow(*given)
+    engine = Engine(target, None, 0, 100, StepCosts(cost, cost, PrefillCost(0.0, 1e-4)))
+    try:
+        answers, _ = decode_all(engine, prompts, options)
+    finally:
+        engine.stop()
+    assert answers == expected
+    assert max(steps) == MOST_STEPS and min(steps) > 1
+    assert engine.statistics.plain_rounds == engine.statistics.rounds > sum(steps) > len(steps)
+    target.check_integrity()
 
 
 def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_can_wait_for(
