@@ -65,7 +65,7 @@ EMBEDDED = (1, 8, 64)  # sentences of 32 tokens at once
 EMBEDDED_TOKENS = 32
 VLLM_SCRIPT, VLLM_DRAFT_TOKENS = Path(__file__).with_name("gpu_vllm.py"), 5
 COPY_BYTES = 1 << 30
-REPEATS = 20
+REPEATS, TURNS = 40, 5
 console = Console(stderr=True)
 
 
@@ -94,20 +94,19 @@ def measure_steps(folder: Path) -> dict[str, dict[str, float]]:
             model.lengths[:batch] = PAST
             model.forward(0, tokens, counts).argmax(-1)
 
-        engine_ms[f"{batch}x{width}"] = median_ms(step)
-        bare_ms[f"{batch}x{width}"] = median_ms(model.rehearsal(batch, width))
+        engine_ms[f"{batch}x{width}"], bare_ms[f"{batch}x{width}"] = median_ms(step, model.rehearsal(batch, width))
     return {"step_ms": engine_ms, "bare_ms": bare_ms}
 
 
-def median_ms(call: Callable[[], None]) -> float:
-    """Return the median of a few calls, after some that do not count."""
-    times = []
-    for number in range(REPEATS + 4):
+def median_ms(*calls: Callable[[], None]) -> list[float]:
+    """Return the median time of each of some calls, made in turn, after a few turns that do not count."""
+    times: list[list[float]] = [[] for _ in calls]
+    for number, (call, taken) in product(range(REPEATS + 4), zip(calls, times, strict=True)):
         began = time.perf_counter()
         call()
         if number >= 4:
-            times.append(time.perf_counter() - began)
-    return round(1e3 * statistics.median(times), 3)
+            taken.append(time.perf_counter() - began)
+    return [round(1e3 * statistics.median(taken), 3) for taken in times]
 
 
 class Target(PagedModel):
@@ -174,7 +173,10 @@ class Pair:
 
 
 def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
-    """Return plain and speculative tokens/s by sequences at once, greedily, and what else is seen of them."""
+    """Return plain and speculative tokens/s by sequences at once, and what else is seen of them.
+
+    Each is the median of TURNS turns, in each of which every way has its own; `range` has the least and the most.
+    """
     wish = GenerationOptions(max_tokens=ANSWER_TOKENS, ignore_eos=True)
     ways = {
         "plain": replace(wish, speculation_length=0),
@@ -186,22 +188,26 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
         "sampled speculative": replace(wish, temperature=0.8, top_p=0.95, seed=1),
     }
     found: dict[str, Any] = {kind: {} for kind in (*ways, "acceptance_rate", "first_token_ms")}
+    ranges: dict[str, dict[str, list[float]]] = {kind: {} for kind in ways}
     for at_once in AT_ONCE:
-        some = prompts[: max(16, 3 * at_once)]
-        for turn, (kind, way) in product(range(2), ways.items()):  # the first turn warms up
+        some, rows = prompts[: max(8, 3 * at_once)], str(at_once)
+        speeds: dict[str, list[dict[str, float]]] = {kind: [] for kind in ways}
+        for turn, (kind, way) in product(range(1 + TURNS), ways.items()):  # the first turn warms up
             pair.target.takes_along = "apart" not in kind
             stranger = replace(way, tenant=f"{kind}, {at_once} at once, turn {turn}")  # finds nobody's prefixes
             _, speed = pair.answer(some, [stranger] * len(some), at_once)
-            found[kind][str(at_once)] = round(speed["tokens_per_s"], 1)
-            if kind == "speculative":
-                found["acceptance_rate"][str(at_once)] = round(speed["acceptance_rate"], 3)
-                found["first_token_ms"][str(at_once)] = round(speed["first_token_ms"], 2)
+            speeds[kind].append(speed)
         pair.target.takes_along = True
-        console.print(at_once, "at once:", {kind: found[kind][str(at_once)] for kind in found})
+        for kind, turns in speeds.items():
+            each = sorted(round(speed["tokens_per_s"], 1) for speed in turns[1:])
+            found[kind][rows], ranges[kind][rows] = statistics.median(each), [each[0], each[-1]]
+        for name, digits in (("acceptance_rate", 3), ("first_token_ms", 2)):
+            found[name][rows] = round(statistics.median(speed[name] for speed in speeds["speculative"][1:]), digits)
+        console.print(at_once, "at once:", {kind: found[kind][rows] for kind in found})
     statistics_, overhead = pair.statistics(), {}
     overhead["round_ms"] = 1e3 * statistics_.step_s / statistics_.rounds
     overhead["device_ms"] = 1e3 * statistics_.model_s / statistics_.rounds
-    return {**found, "rounds": {name: round(value, 3) for name, value in overhead.items()}}
+    return {**found, "range": ranges, "rounds": {name: round(value, 3) for name, value in overhead.items()}}
 
 
 def measure_prefixes(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, float]:
@@ -293,7 +299,8 @@ def measure_embedder(path: Path) -> dict[str, float]:
     for rows in EMBEDDED:
         ids = np.random.default_rng(0).integers(1000, 20000, (rows, EMBEDDED_TOKENS))
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-        found[str(rows)] = round(1e3 * rows / median_ms(lambda feeds=feeds: session.run(None, feeds)), 1)
+        [run_ms] = median_ms(lambda feeds=feeds: session.run(None, feeds))
+        found[str(rows)] = round(1e3 * rows / run_ms, 1)
     return found
 
 

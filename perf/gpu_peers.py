@@ -6,6 +6,7 @@ cache, compiled; in half precision, greedily.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from transformers import LlamaForCausalLM, StaticCache
 NEW_TOKENS = 96
 AT_ONCE = (1, 8, 32)
 STATIC = (1, 8)
-TURNS = 3
+TURNS = 5
 
 Generate = Callable[[Sequence[list[int]]], None]
 
@@ -83,14 +84,13 @@ def compiled(model: LlamaForCausalLM) -> Generate:
 
 
 def tokens_per_s(generate: Generate, prompts: Sequence[list[int]], at_once: int) -> float:
-    """Return new tokens a second, prefill included, after two calls that do not count."""
-    batches = [prompts[begin : begin + at_once] for begin in range(0, (TURNS + 2) * at_once, at_once)]
-    for batch in batches[:2]:
-        generate(batch)
-    began = time.perf_counter()
-    for batch in batches[2:]:
-        generate(batch)
-    return round(TURNS * at_once * NEW_TOKENS / (time.perf_counter() - began), 1)
+    """Return new tokens a second, prefill included: the median of TURNS calls, after two that do not count."""
+    times = []
+    for begin in range(0, (2 + TURNS) * at_once, at_once):
+        began = time.perf_counter()
+        generate(prompts[begin : begin + at_once])
+        times.append(time.perf_counter() - began)
+    return round(at_once * NEW_TOKENS / statistics.median(times[2:]), 1)
 
 
 def measure(prompts: Sequence[list[int]], rows: Sequence[int], make: Callable[[], Generate]) -> dict[str, float | str]:
