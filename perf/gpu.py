@@ -2,9 +2,10 @@
 
 PAIR is a folder made by perf.gpu_pair: a target and a draft, trained, exported, and prompts that neither has seen. The
 pair decodes plainly and speculatively, beside ONNX Runtime GenAI and transformers. Steps of Llama shapes with random
-weights are timed against the time that reading the weights takes, at the bandwidth measured here, and against the same
-call bare. --embedder takes an ONNX sentence encoder, in fp16, --vllm the Python of an environment that has vLLM. The
-last line of output is the JSON for perf/results/gpu.json.
+weights are timed against the time that reading the weights takes, at the bandwidth measured here, against the same call
+bare, and against what it would take if answers might depend on the batch (perf.gpu_steps). --embedder takes an ONNX
+sentence encoder, in fp16, --vllm the Python of an environment that has vLLM. The last line of output is the JSON for
+perf/results/gpu.json.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,7 @@ import onnxruntime
 from rich.console import Console
 
 from perf.gpu_plot import plot
+from perf.gpu_steps import measure_steps, median_ms
 from perf.paged_shapes import SHAPES, write_llama
 from scripts.machine import describe_machine
 from scripts.serving.installation import PYTHON_BACKENDS
@@ -49,8 +51,7 @@ from speculative_decoding.sequence import Sequence as Answer
 from speculative_decoding.warm_up import measure_costs
 
 RESULTS = Path(__file__).parent / "results"
-CONTEXT, PAST = 2048, 512
-STEPS = tuple((batch, width) for batch in (1, 8, 32, 64) for width in (1, 4, 8))
+CONTEXT = 2048
 AT_ONCE = (1, 8, 32, 64)
 SPECULATION_LENGTH = 8
 ANSWER_TOKENS = 96
@@ -65,7 +66,7 @@ EMBEDDED = (1, 8, 64)  # sentences of 32 tokens at once
 EMBEDDED_TOKENS = 32
 VLLM_SCRIPT, VLLM_DRAFT_TOKENS = Path(__file__).with_name("gpu_vllm.py"), 5
 COPY_BYTES = 1 << 30
-REPEATS, TURNS = 40, 5
+COPIES, TURNS = 20, 5
 console = Console(stderr=True)
 
 
@@ -76,37 +77,11 @@ def measure_bandwidth() -> float:
     begin, end = cupy.cuda.Event(), cupy.cuda.Event()
     for _ in range(2):  # the first time warms up
         begin.record()
-        for _ in range(REPEATS):
+        for _ in range(COPIES):
             cupy.copyto(target, source)
         end.record()
         end.synchronize()
-    return 2 * REPEATS * COPY_BYTES / cupy.cuda.get_elapsed_time(begin, end) / 1e9
-
-
-def measure_steps(folder: Path) -> dict[str, dict[str, float]]:
-    """Return milliseconds of a step by batch x width: everything included, and of the bare call."""
-    model = PagedModel(folder, 64, 0, False, execution_provider("GPU", 0))
-    engine_ms, bare_ms = {}, {}
-    for batch, width in STEPS:
-        tokens, counts = np.ones((batch, width), np.int64), np.full(batch, width, np.int32)
-
-        def step(batch: int = batch, tokens: Any = tokens, counts: Any = counts) -> None:
-            model.lengths[:batch] = PAST
-            model.forward(0, tokens, counts).argmax(-1)
-
-        engine_ms[f"{batch}x{width}"], bare_ms[f"{batch}x{width}"] = median_ms(step, model.rehearsal(batch, width))
-    return {"step_ms": engine_ms, "bare_ms": bare_ms}
-
-
-def median_ms(*calls: Callable[[], None]) -> list[float]:
-    """Return the median time of each of some calls, made in turn, after a few turns that do not count."""
-    times: list[list[float]] = [[] for _ in calls]
-    for number, (call, taken) in product(range(REPEATS + 4), zip(calls, times, strict=True)):
-        began = time.perf_counter()
-        call()
-        if number >= 4:
-            taken.append(time.perf_counter() - began)
-    return [round(1e3 * statistics.median(taken), 3) for taken in times]
+    return 2 * COPIES * COPY_BYTES / cupy.cuda.get_elapsed_time(begin, end) / 1e9
 
 
 class Target(PagedModel):
@@ -304,9 +279,9 @@ def measure_embedder(path: Path) -> dict[str, float]:
     return found
 
 
-def in_own_process(module: str, pair: Path) -> Any:
-    """Return what a module of perf prints about the pair, in a process of its own; its exit status when it fails."""
-    return last_line([sys.executable, "-m", module, str(pair)])
+def in_own_process(module: str, folder: Path) -> Any:
+    """Return what a module of perf prints about a folder, in a process of its own; its exit status when it fails."""
+    return last_line([sys.executable, "-m", module, str(folder)])
 
 
 def vllm_peers(python: str, pair: Path) -> dict[str, Any]:
@@ -363,15 +338,18 @@ def main() -> None:
     pair.close()
     del pair
     gc.collect()
-    results |= {"step_ms": {}, "bare_ms": {}, "bound_ms": {}}
+    results |= {"step_ms": {}, "bare_ms": {}, "inexact_ms": {}, "bound_ms": {}}
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
         for name in arguments.shape:
             shape = SHAPES[name]
             write_llama(shape, Path(scratch) / name, CONTEXT)
             for key, times in measure_steps(Path(scratch) / name).items():
                 results[key][name] = times
+            gc.collect()
+            cupy.get_default_memory_pool().free_all_blocks()
+            results["inexact_ms"][name] = in_own_process("perf.gpu_steps", Path(scratch) / name)
             results["bound_ms"][name] = round(shape.weight_bytes / bandwidth / 1e9, 3)
-            console.print(name, results["step_ms"][name], results["bare_ms"][name], results["bound_ms"][name])
+            console.print(name, {key: results[key][name] for key in ("step_ms", "bare_ms", "inexact_ms", "bound_ms")})
             keep(results)
             shutil.rmtree(Path(scratch) / name)
     lookups = measure_lookups()

@@ -367,7 +367,8 @@ class PagedModel:
     def _bind(self, shape: CallShape) -> PagedCall:
         if call := self._calls.get(shape):
             return call
-        is_kept = shape.width in (0, *WIDTHS) and shape.chunk in (0, *CHUNKS)
+        rows = shape._replace(chunk=0)
+        is_kept = shape.chunk in (0, *CHUNKS) and (not shape.rows or rows == self.call_shape(shape.rows, shape.width))
         caches = {
             f"{layer}.{kind}": self._memory[2 * layer + place]
             for layer in range(self.shape.layers)
