@@ -100,11 +100,11 @@ class ModelDrafter(Drafter):
         return able
 
     def propose(self, sequences: Rows[Sequence], lengths: NDArray[np.int32]) -> Proposals:
-        longest = int(lengths.max())
-        sampled = [row for row in np.flatnonzero(lengths).tolist() if not sequences[row].options.is_bare]
+        longest, drafting = int(lengths.max()), np.flatnonzero(lengths).tolist()
+        sampled = [row for row in drafting if not sequences[row].options.is_bare]
         if isinstance(self._model, PagedModel) and not any(sequences[row].by_rejection for row in sampled):
             return Proposals(self._follow(self._model, sequences, lengths, bool(sampled)), {})
-        rows = int(np.flatnonzero(lengths)[-1]) + 1
+        rows = drafting[-1] + 1
         sequences, lengths = sequences[:rows], lengths[:rows]
         tokens, counts = self._unseen(sequences, lengths > 0)
         if not sampled and (loop := self._loop(rows, longest)):
@@ -157,15 +157,17 @@ class ModelDrafter(Drafter):
         if not isinstance(self._model, PagedModel):
             return
         for rows, width in product(self._model.row_counts, (LEAST_WIDTH, FOLLOWED_WIDTH)):
-            self._model.follow(np.zeros((rows, width), np.int64), np.full(rows, width, np.int32), 1, None)
-            self._model.lengths[:] = 0
+            self.rehearse(rows, 1, width)
         for size in (*WIDTHS, *self._model.chunks):
             self._model.forward_prompts(0, [[0] * size])
             self._model.truncate(0, 0)
 
-    def rehearse(self, rows: int, length: int) -> None:
-        """Make the calls that proposing `length` tokens for so many rows takes, in slots that are empty again after."""
-        tokens, counts = np.zeros((rows, 2), np.int64), np.full(rows, 2, np.int32)
+    def rehearse(self, rows: int, length: int, unseen: int = 2) -> None:
+        """Make the calls that proposing `length` tokens for so many rows takes, in slots that are empty again after.
+
+        Each row has so many tokens that the draft has not seen, more than two only on a device.
+        """
+        tokens, counts = np.zeros((rows, unseen), np.int64), np.full(rows, unseen, np.int32)
         if isinstance(self._model, PagedModel):
             self._model.follow(tokens, counts, length, None)
         elif loop := self._loop(rows, length):
