@@ -84,22 +84,13 @@ def measure_bandwidth() -> float:
     return 2 * COPIES * COPY_BYTES / cupy.cuda.get_elapsed_time(begin, end) / 1e9
 
 
-class Target(PagedModel):
-    """A model whose prompts can be kept out of the calls that verify drafts, to see what taking them along gives."""
-
-    takes_along = True
-
-    def mixes(self, rows: int, width: int, chunks: Sequence[Sequence[int]]) -> bool:
-        return self.takes_along and super().mixes(rows, width, chunks)
-
-
 class Pair:
     """A target with a draft, decoding so many sequences at once."""
 
     def __init__(self, folder: Path) -> None:
         provider, slots = execution_provider("GPU", 0), max(AT_ONCE)
         target, draft = folder / "1" / "target", folder / "1" / "draft"
-        self.target = Target(target, slots, 0, False, provider, CACHED_BYTES, TIER_BYTES)
+        self.target = PagedModel(target, slots, 0, False, provider, CACHED_BYTES, TIER_BYTES)
         self.independent = limit_tokens(self.target)
         drafter = ModelDrafter(PagedModel(draft, slots, 0, False, provider, CACHED_BYTES // 8, TIER_BYTES // 8))
         self.costs = measure_costs(self.target, drafter, SPECULATION_LENGTH)
@@ -157,8 +148,6 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
         "plain": replace(wish, speculation_length=0),
         "speculative": wish,
         "draft model": replace(wish, drafter="model"),
-        "plain, prompts apart": replace(wish, speculation_length=0),
-        "speculative, prompts apart": wish,
         "sampled plain": replace(wish, speculation_length=0, temperature=0.8, top_p=0.95, seed=1),
         "sampled speculative": replace(wish, temperature=0.8, top_p=0.95, seed=1),
     }
@@ -168,11 +157,9 @@ def measure_pair(pair: Pair, prompts: Sequence[list[int]]) -> dict[str, Any]:
         some, rows = prompts[: max(8, 3 * at_once)], str(at_once)
         speeds: dict[str, list[dict[str, float]]] = {kind: [] for kind in ways}
         for turn, (kind, way) in product(range(1 + TURNS), ways.items()):  # the first turn warms up
-            pair.target.takes_along = "apart" not in kind
             stranger = replace(way, tenant=f"{kind}, {at_once} at once, turn {turn}")  # finds nobody's prefixes
             _, speed = pair.answer(some, [stranger] * len(some), at_once)
             speeds[kind].append(speed)
-        pair.target.takes_along = True
         for kind, turns in speeds.items():
             each = sorted(round(speed["tokens_per_s"], 1) for speed in turns[1:])
             found[kind][rows], ranges[kind][rows] = statistics.median(each), [each[0], each[-1]]
@@ -358,13 +345,14 @@ def main() -> None:
     cupy.get_default_memory_pool().free_all_blocks()
     if arguments.embedder:
         results["embedder_sentences_per_s"] = measure_embedder(arguments.embedder)
+    if arguments.through_triton:
+        results["through_triton"] = in_own_process("perf.gpu_triton", arguments.pair)
+        keep(results)
     results["peers"] = in_own_process("perf.gpu_peers", arguments.pair)
     keep(results)
     if arguments.vllm:
         results["peers"] |= vllm_peers(arguments.vllm, arguments.pair)
-    if arguments.through_triton:
-        results["through_triton"] = in_own_process("perf.gpu_triton", arguments.pair)
-    keep(results)
+        keep(results)
     plot(RESULTS / "gpu.png", results)
     print(json.dumps(results))
 

@@ -8,12 +8,13 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from speculative_decoding.tokenizer import Tokenizer
 
 MODEL = "language_model"
 CLIENTS = (1, 8, 32)
-ANSWER_TOKENS = 96
+ANSWER_TOKENS, TURNS = 96, 5
 WAYS: dict[str, dict[str, int]] = {"plain": {"speculation_length": 0}, "speculative": {}}
 KINDS = ("KIND_GPU", "KIND_CPU")
 console = Console(stderr=True)
@@ -91,20 +92,23 @@ def ask_at_once(url: str, shares: Sequence[Sequence[str]], parameters: Mapping[s
 def measure(url: str, prompts: Sequence[str], clients: int) -> dict[str, float]:
     """Return plain and speculative tokens/s of so many clients together, and how many answers differ.
 
-    prompts: one for each client, at least.
+    Tokens/s are the median of TURNS turns, in each of which both ways have their own. prompts: one for each client, at
+    least.
     """
     shares = [prompts[number::clients] for number in range(clients)]
     processes = min(clients, os.cpu_count() or 1)
-    tps, answers = {}, {}
+    turns: dict[str, list[float]] = {way: [] for way in WAYS}
+    answers: dict[str, list[str]] = {}
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for way, parameters in [*WAYS.items()] * 2:  # the first turn warms up
+        for _, (way, parameters) in product(range(1 + TURNS), WAYS.items()):  # the first turn warms up
             asking = [
                 pool.submit(ask_at_once, url, shares[number::processes], parameters) for number in range(processes)
             ]
             heard = list(chain.from_iterable(future.result() for future in asking))
             seconds = max(one.ended for one in heard) - min(one.began for one in heard)
-            tps[way] = sum(one.tokens for one in heard) / seconds
+            turns[way].append(sum(one.tokens for one in heard) / seconds)
             answers[way] = [answer for one in heard for answer in one.answers]
+    tps = {way: statistics.median(each[1:]) for way, each in turns.items()}
     pairs = zip(answers["plain"], answers["speculative"], strict=True)
     return {
         "plain_tps": round(tps["plain"], 1),
