@@ -38,16 +38,17 @@ class PromptLookup:
             pair = _pair(tokens[place - 2], tokens[place - 1])
             self._earlier.append(self._latest.get(pair, 0))
             self._latest[pair] = place
-        best = NO_MATCH
+        longest, best, end = 0, 0, len(tokens)
         place = self._latest.get(_pair(tokens[-2], tokens[-1]), 0)
         for _ in range(OCCURRENCES):
-            if not place or best.length == LONGEST_MATCH:
+            if not place or longest == LONGEST_MATCH:
                 break
-            length = self._length(place)
-            if length > best.length:
-                best = Match(length, place)
+            if place > longest and tokens[place - longest - 1] == tokens[end - longest - 1]:  # else it is no longer
+                length = self._length(place)
+                if length > longest:
+                    longest, best = length, place
             place = self._earlier[place]
-        return best
+        return Match(longest, best)
 
     def propose(self, match: Match, count: int) -> list[int]:
         """Return the `count` tokens after a match; past the end it goes on with what it proposed."""
@@ -57,8 +58,12 @@ class PromptLookup:
 
     def agreement(self, match: Match, tokens: list[int]) -> int:
         """Return how many of the next `tokens`, which are not in the sequence yet, a match would have proposed."""
-        proposed = self.propose(match, len(tokens))
-        return next((place for place, token in enumerate(tokens) if proposed[place] != token), len(tokens))
+        known = self._tokens[match.place : match.place + len(tokens)]
+        period = len(known)
+        for place, token in enumerate(tokens):
+            if known[place % period] != token:
+                return place
+        return len(tokens)
 
     def _length(self, place: int) -> int:
         tokens, end = self._tokens, len(self._tokens)
