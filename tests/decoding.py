@@ -4,13 +4,16 @@ import threading
 from collections.abc import Iterable
 
 import numpy as np
-from speculative_decoding.acceptance import choose_together
+from speculative_decoding.acceptance import accept, choose_on_device
+from speculative_decoding.device import Device
 from speculative_decoding.engine import Engine
+from speculative_decoding.followed import ON_DEVICE
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.options import GenerationOptions
 from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.sampling import Sampler
 from speculative_decoding.sequence import FinishReason, Sequence
+from speculative_decoding.speculation import Drafts
 
 TIMEOUT_S = 120.0
 
@@ -101,12 +104,43 @@ def check_adjusted_choices(model: PagedModel, rows: int = 4, width: int = 5) -> 
         tokens = np.concatenate([prompts[:, -1:], drafted], axis=1)
         logits = model.forward(0, tokens, counts)
         rows_drafted = [one[: count - 1] for one, count in zip(drafted.tolist(), counts.tolist(), strict=True)]
-        chosen = choose_together(sequences, rows_drafted, logits)
+        choices = choose_on_device(sequences, Drafts(drafted, counts - 1, {}), logits)
         for row, sequence in enumerate(sequences):
             expected = [
                 sequence.sampler.choose(logits[row, place], rows_drafted[row][:place]) for place in range(counts[row])
             ]
-            assert chosen[row] is not None and chosen[row][: counts[row]] == expected
+            assert choices.tokens[row, : counts[row]].tolist() == expected
+            assert choices.standing[row] == len(accept(rows_drafted[row], expected.__getitem__)) - 1
+
+
+def check_drafts_on_device(device: Device) -> None:
+    """Have drafts taken from where another model left them, and accepted, without the host; it must be as on the host.
+
+    Tokens are so few that drafts often stand.
+    """
+    rng, slots = np.random.default_rng(0), 9
+    for _ in range(20):
+        rows, width, prompts = (int(number) for number in rng.integers((0, 2, 0), (8, 18, 9)))
+        steps, counts = width - 1, rng.integers(0, width + 1, rows).astype(np.int32)
+        tokens, proposed = rng.integers(0, 2, (rows, width)), rng.integers(0, 2, (steps, slots)).astype(np.int32)
+        chosen = rng.integers(0, 2, rows * width + prompts).astype(np.int32)
+        is_waited_for = rng.random((rows, width)) < 0.5
+        is_waited_for[:, 0] = False
+        fed = np.where(is_waited_for, np.pad(proposed.T[:rows], ((0, 0), (1, 0))), tokens)
+        there = [device.zeros(array.shape, array.dtype) for array in (tokens.ravel(), proposed, chosen, chosen, counts)]
+        given, proposals, choices, standing, lengths = there
+        known = np.where(is_waited_for, ON_DEVICE, tokens)
+        stale = np.full_like(chosen, 99)
+        for array, values in zip(there, (known.ravel(), proposed, chosen, stale, counts), strict=True):
+            device.upload(array, values)
+        device.complete(given, width, proposals[:, :rows])
+        assert device.download(given).tolist() == fed.ravel().tolist()
+        device.accept(choices, given, lengths, standing)
+        expected = np.zeros_like(chosen)
+        for row, count in enumerate(counts.tolist()):
+            drafted = fed[row, 1 : max(1, count)].tolist()
+            expected[row * width] = len(accept(drafted, chosen[row * width :].__getitem__)) - 1
+        assert device.download(standing).tolist() == expected.tolist()
 
 
 def check_prefixes_come_back_from_the_host(model: PagedModel, block_tokens: int, blocks: int = 2) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from speculative_decoding.adjustments import Adjustments
 from speculative_decoding.decoder import Logits
 from speculative_decoding.noise import Stream, key_of, uniform
-from speculative_decoding.paged_logits import PagedLogits
+from speculative_decoding.paged_logits import Choices, PagedLogits
 from speculative_decoding.sampling import Distribution, sample, wishes_of
 from speculative_decoding.sequence import Sequence
 from speculative_decoding.speculation import Drafts
@@ -21,43 +21,50 @@ def accept_drafts(sequences: Row[Sequence], drafts: Drafts, logits: Logits) -> l
 
     logits: [rows, longest + 1, vocabulary], after the last committed token and after each drafted one.
     """
-    drafted = [tokens[:length] for tokens, length in zip(drafts.tokens.tolist(), drafts.lengths.tolist(), strict=True)]
-    chosen = choose_together(sequences, drafted, logits)
+    if isinstance(logits, PagedLogits):
+        return _accept_on_device(sequences, drafts, logits)
+    drafted, is_bare = drafts.on_host(), [sequence.options.is_bare for sequence in sequences]
+    likeliest = logits.argmax(-1).tolist() if any(is_bare) else []
     return [
-        _accept_row(sequence, drafted[row], drafts.distributions.get(row, []), logits[row])
-        if choices is None
-        else accept(drafted[row], choices.__getitem__)
-        for row, (sequence, choices) in enumerate(zip(sequences, chosen, strict=True))
+        accept(drafted[row], likeliest[row].__getitem__)
+        if is_bare[row]
+        else _accept_row(sequence, drafted[row], drafts.distributions.get(row, []), logits[row])
+        for row, sequence in enumerate(sequences)
     ]
 
 
-def choose_together(sequences: Row[Sequence], drafted: Row[Row[int]], logits: Logits) -> list[list[int] | None]:
-    """Return the target's choices at every place of each row, None for rows that are chosen for place by place.
+def _accept_on_device(sequences: Row[Sequence], drafts: Drafts, logits: PagedLogits) -> list[list[int]]:
+    """Accept where the logits are, what is judged by rejection excepted."""
+    accepted: list[list[int]] = [[]] * len(sequences)
+    if not all(sequence.by_rejection for sequence in sequences):
+        chosen = choose_on_device(sequences, drafts, logits)
+        standing = chosen.standing.tolist()
+        accepted = [tokens[: stands + 1] for tokens, stands in zip(chosen.tokens.tolist(), standing, strict=True)]
+    rejecting = [row for row, sequence in enumerate(sequences) if sequence.by_rejection]
+    drafted = drafts.on_host() if rejecting else []
+    for row in rejecting:
+        accepted[row] = _accept_row(sequences[row], drafted[row], drafts.distributions.get(row, []), logits[row])
+    return accepted
 
-    Those are judged by rejection; on the host also what is sampled or adjusted, for a rejected draft ends the work
-    there. The choices do not depend on where they are made, but for rounding.
+
+def choose_on_device(sequences: Row[Sequence], drafts: Drafts, logits: PagedLogits) -> Choices:
+    """Return the target's choices at every place of each row; of rows judged by rejection they mean nothing.
+
+    They are those that are made on the host, but for rounding. Only adjustments need to know what is drafted.
     """
-    on_device = isinstance(logits, PagedLogits)
-    together = [not sequence.by_rejection and (sequence.options.is_bare or on_device) for sequence in sequences]
-    if not any(together):
-        return [None] * len(together)
-    if isinstance(logits, PagedLogits) and not all(sequence.options.is_bare for sequence in sequences):
-        width = logits.shape[1]
-        wishes = wishes_of([sequence.sampler for sequence in sequences], width)
-        chosen = logits.choose(wishes, _adjustments(sequences, drafted, width))
-    else:
-        chosen = logits.argmax(-1)
-    return [row if whole else None for row, whole in zip(chosen.tolist(), together, strict=True)]
-
-
-def _adjustments(sequences: Row[Sequence], drafted: Row[Row[int]], width: int) -> Adjustments | None:
-    """Return what is done to the logits before all choices, None for nothing."""
-    each = [
-        sequence.sampler.adjustments(tokens) if sequence.sampler.looks_back and not sequence.by_rejection else None
-        for sequence, tokens in zip(sequences, drafted, strict=True)
-    ]
-    found = Adjustments.together(each, width)
-    return found if len(found.entries) else None
+    if all(sequence.options.is_bare for sequence in sequences):
+        return logits.choose(None)
+    width = logits.shape[1]
+    wishes = wishes_of([sequence.sampler for sequence in sequences], width)
+    adjusted = [row for row, one in enumerate(sequences) if one.sampler.looks_back and not one.by_rejection]
+    if not adjusted:
+        return logits.choose(wishes)
+    each: list[Adjustments | None] = [None] * len(sequences)
+    drafted = drafts.on_host()
+    for row in adjusted:
+        each[row] = sequences[row].sampler.adjustments(drafted[row])
+    together = Adjustments.together(each, width)
+    return logits.choose(wishes, together if len(together.entries) else None)
 
 
 def _accept_row(sequence: Sequence, drafted: list[int], proposed: list[Distribution], logits: Logits) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence as Rows
 import numpy as np
 
 from speculative_decoding.decoder import Decoder
+from speculative_decoding.followed import Followed
 from speculative_decoding.paged_model import PagedModel
 from speculative_decoding.sampling import wishes_of
 from speculative_decoding.sequence import Sequence
@@ -29,11 +30,10 @@ class Burst:
         in_time = int(MOST_S / self._costs.verify.row(len(running))[0])
         return max(1, min(MOST_STEPS, in_time, wanted, room))
 
-    def decode(self, running: Rows[Sequence], steps: int) -> list[list[int]]:
+    def start(self, running: Rows[Sequence], steps: int) -> Followed:
         """Return the next `steps` tokens of each sequence, which the target has seen but for the last."""
         assert self._target
         tokens = np.array([sequence.tokens[-1:] for sequence in running])
         is_sampled = not all(sequence.options.is_bare for sequence in running)
         wishes = wishes_of([sequence.sampler for sequence in running], steps).T if is_sampled else None
-        chosen: list[list[int]] = self._target.follow(tokens, np.ones(len(running), np.int32), steps, wishes).tolist()
-        return chosen
+        return self._target.follow(tokens, np.ones(len(running), np.int32), steps, wishes)

@@ -8,14 +8,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import DTypeLike, NDArray
 
-from speculative_decoding.device import Array, Device, HostDevice, OutOfDeviceMemoryError
+from speculative_decoding.device import Array, Device, HostDevice, Mark, OutOfDeviceMemoryError
 from speculative_decoding.execution_provider import Provider
 from speculative_decoding.noise import MAX_GUMBEL
 
 SPARE_BYTES = 1 << 30  # of a GPU's memory, left to ONNX Runtime's activations and the kernels
-KERNELS = ("argmax", "choose", "adjust", "advance")
+KERNELS = ("argmax", "choose", "adjust", "advance", "complete", "accept")
 THREADS = 512  # of kernels.cu, on each row of logits
-ROWS = 64  # rows that one block of threads advances
+SMALL = 64  # threads of a block, each of which has a row or a token
 
 
 class CudaDevice(Device):
@@ -62,6 +62,18 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         self._stream.synchronize()
 
+    def mark(self) -> Mark:
+        with self._device:
+            event = self._cupy.cuda.Event()
+            event.record(self._stream)
+        return event
+
+    def wait_for(self, mark: Mark) -> None:
+        self._stream.wait_event(mark)
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        return float(self._cupy.cuda.get_elapsed_time(begin, end)) / 1e3
+
     def copy(self, array: Array, source: int, destination: int) -> None:
         with self._device, self._stream:
             array[:, destination] = array[:, source]
@@ -98,7 +110,17 @@ class CudaDevice(Device):
     def advance(self, chosen: Array, tokens: Array, past: Array, counts: Array, proposals: Array) -> None:
         rows = len(counts)
         sizes = np.int32(rows), np.int32(len(chosen) // rows)
-        self._launch("advance", None, -(-rows // ROWS), ROWS, (chosen, tokens, past, counts, proposals, *sizes))
+        self._launch_small("advance", rows, (chosen, tokens, past, counts, proposals, *sizes))
+
+    def complete(self, tokens: Array, width: int, proposals: Array) -> None:
+        stride = proposals.strides[0] // proposals.itemsize
+        sizes = np.int32(len(tokens)), np.int32(width), np.int32(stride)
+        self._launch_small("complete", len(tokens), (tokens, proposals, *sizes))
+
+    def accept(self, chosen: Array, tokens: Array, counts: Array, standing: Array) -> None:
+        rows = len(counts)
+        sizes = np.int32(rows), np.int32(len(tokens) // max(1, rows)), np.int32(len(chosen))
+        self._launch_small("accept", len(chosen), (chosen, tokens, counts, standing, *sizes))
 
     def free_bytes(self) -> int:
         with self._device:
@@ -114,6 +136,9 @@ class CudaDevice(Device):
     def _move(self, destination: int, source: int, size: int, kind: str) -> None:
         runtime = self._cupy.cuda.runtime
         runtime.memcpyAsync(destination, source, size, getattr(runtime, kind), self._stream.ptr)
+
+    def _launch_small(self, name: str, threads: int, arguments: tuple[Any, ...]) -> None:
+        self._launch(name, None, -(-threads // SMALL), SMALL, arguments)
 
     def _launch(self, name: str, logits: Array | None, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
         """Queue a kernel, made for the type that the logits have."""

@@ -1,5 +1,6 @@
 """Where a model's arrays are: NumPy's on the CPU, CuPy's on an NVIDIA GPU, bound to ONNX Runtime by address."""
 
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -12,6 +13,7 @@ from speculative_decoding.execution_provider import Provider
 from speculative_decoding.sampling import WISH, Filters, choose
 
 Array = Any  # numpy.ndarray or cupy.ndarray
+Mark = Any  # a time on the host, an event of a GPU
 
 
 class OutOfDeviceMemoryError(ValueError):
@@ -44,6 +46,18 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait for all that was started."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """Return a mark that is passed when all that was started before is done."""
+
+    @abstractmethod
+    def wait_for(self, mark: Mark) -> None:
+        """Have what is started later wait for a mark, which may be another device object's; the host goes on."""
+
+    @abstractmethod
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """Return the time between two marks that have been passed."""
 
     @abstractmethod
     def copy(self, array: Array, source: int, destination: int) -> None:
@@ -85,6 +99,20 @@ class Device(ABC):
         """
 
     @abstractmethod
+    def complete(self, tokens: Array, width: int, proposals: Array) -> None:
+        """Fill in what is negative of `tokens` int64 [rows * width], of which the first of each row is known.
+
+        proposals: int32 [steps, at least rows], what comes after it.
+        """
+
+    @abstractmethod
+    def accept(self, chosen: Array, tokens: Array, counts: Array, standing: Array) -> None:
+        """Write to `standing` [logits], at each row's first, how many of its drafts were chosen, and 0 elsewhere.
+
+        chosen int32 [logits]; tokens int64 [rows * width], of which each row was fed its first `counts` int32 [rows].
+        """
+
+    @abstractmethod
     def free_bytes(self) -> int | None:
         """Return how much memory is free, None where there is no telling."""
 
@@ -116,6 +144,15 @@ class HostDevice(Device):
     def synchronize(self) -> None:
         pass
 
+    def mark(self) -> Mark:
+        return time.perf_counter()
+
+    def wait_for(self, mark: Mark) -> None:
+        pass
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        return float(end - begin)
+
     def copy(self, array: Array, source: int, destination: int) -> None:
         array[:, destination] = array[:, source]
 
@@ -145,6 +182,20 @@ class HostDevice(Device):
         proposals[...] = tokens[first] = np.where(counts, chosen[first + np.maximum(counts, 1) - 1], 0)
         past += counts
         counts[...] = counts > 0
+
+    def complete(self, tokens: Array, width: int, proposals: Array) -> None:
+        fed = tokens.reshape(-1, width)
+        rows, places = np.nonzero(fed < 0)
+        fed[rows, places] = proposals[places - 1, rows]
+
+    def accept(self, chosen: Array, tokens: Array, counts: Array, standing: Array) -> None:
+        standing[...] = 0
+        if not len(counts):
+            return
+        fed = tokens.reshape(len(counts), -1)
+        width = fed.shape[1]
+        stands = (fed[:, 1:] == chosen[: fed.size].reshape(fed.shape)[:, :-1]) & (np.arange(1, width) < counts[:, None])
+        standing[: fed.size : width] = np.cumprod(stands, axis=1).sum(1)
 
     def free_bytes(self) -> int | None:
         return None

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from speculative_decoding.decoder import Decoder
 from speculative_decoding.draft_loop import LARGEST_BYTES, DraftLoop
+from speculative_decoding.followed import ON_DEVICE, Followed
 from speculative_decoding.kv_layout import SlotMemory
 from speculative_decoding.language_model import LanguageModel
 from speculative_decoding.noise import Stream
@@ -24,11 +25,12 @@ FILL_TOKENS = 64  # taken in between two of the target's steps, for each prompt 
 
 class Proposals(NamedTuple):
     """tokens: int64 [rows, longest]; of a row with fewer the rest means nothing. distributions: for rows whose drafts
-    are judged by rejection, what each was sampled from.
+    are judged by rejection, what each was sampled from. followed: what the tokens are that are ON_DEVICE.
     """
 
     tokens: NDArray[np.int64]
     distributions: dict[int, list[Distribution]]
+    followed: Followed | None = None
 
 
 class Drafter(ABC):
@@ -103,7 +105,8 @@ class ModelDrafter(Drafter):
         longest, drafting = int(lengths.max()), np.flatnonzero(lengths).tolist()
         sampled = [row for row in drafting if not sequences[row].options.is_bare]
         if isinstance(self._model, PagedModel) and not any(sequences[row].by_rejection for row in sampled):
-            return Proposals(self._follow(self._model, sequences, lengths, bool(sampled)), {})
+            followed = self._follow(self._model, sequences, lengths, bool(sampled))
+            return Proposals(np.full(followed.shape, ON_DEVICE), {}, followed)
         rows = drafting[-1] + 1
         sequences, lengths = sequences[:rows], lengths[:rows]
         tokens, counts = self._unseen(sequences, lengths > 0)
@@ -113,7 +116,7 @@ class ModelDrafter(Drafter):
 
     def _follow(
         self, model: PagedModel, sequences: Rows[Sequence], lengths: NDArray[np.int32], sampled: bool
-    ) -> NDArray[np.int64]:
+    ) -> Followed:
         """Propose on the device. Rows that nothing is proposed for take in what they lack: in this call it is free."""
         longest = int(lengths.max())
         behind = np.array([len(one.tokens) for one in sequences]) - model.lengths[: len(sequences)]
@@ -169,7 +172,7 @@ class ModelDrafter(Drafter):
         """
         tokens, counts = np.zeros((rows, unseen), np.int64), np.full(rows, unseen, np.int32)
         if isinstance(self._model, PagedModel):
-            self._model.follow(tokens, counts, length, None)
+            self._model.follow(tokens, counts, length, None).tokens()
         elif loop := self._loop(rows, length):
             loop.run(tokens, counts)
         else:

@@ -199,10 +199,13 @@ class Engine:
         verify_at = time.perf_counter()
         logits: Logits | None = None
         if steps > 1:
-            accepted = self._burst.decode(running, steps)
+            accepted = self._burst.start(running, steps).tokens().tolist()
         else:
             logits, of_chunks = self._verify(running, drafts, chunks)
             accepted = accept_drafts(running, drafts, logits)
+            if drafts.followed:  # the device was still drafting while it was given what to verify
+                late_s = max(0.0, drafts.followed.ready_at() - verify_at)
+                draft_s, verify_at = draft_s + late_s, verify_at + late_s
             if of_chunks is not None:
                 self._begin(chunks, of_chunks)
         for slot in reversed(range(len(running))):  # a sequence that ends is replaced by a later one, already served
@@ -241,10 +244,12 @@ class Engine:
         tokens = np.empty((rows, longest + 1), np.int64)
         tokens[:, 0] = [sequence.tokens[-1] for sequence in running]
         tokens[:, 1:] = drafts.tokens
-        if chunks:
-            assert isinstance(self._target, PagedModel)
-            return self._target.forward_mixed(tokens, drafts.lengths + 1, [chunk.tokens for chunk in chunks])
-        return self._target.forward(0, tokens, drafts.lengths + 1), None
+        counts = drafts.lengths + 1
+        if not isinstance(self._target, PagedModel):
+            return self._target.forward(0, tokens, counts), None
+        if not chunks:
+            return self._target.forward(0, tokens, counts, drafts.followed), None
+        return self._target.forward_mixed(tokens, counts, [chunk.tokens for chunk in chunks], drafts.followed)
 
     def _record(self, sequence: Sequence, drafted: int, tokens: list[int]) -> None:
         """Learn from how many drafted tokens stood, of which the next `tokens` begin with."""

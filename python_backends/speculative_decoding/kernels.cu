@@ -212,3 +212,21 @@ extern "C" __global__ void advance(
     past[row] += fed;
     counts[row] = fed ? 1 : 0;
 }
+
+// Fill in those fed tokens that are negative: what a draft proposed after each row's first.
+extern "C" __global__ void complete(long long* tokens, const int* proposals, int size, int width, int stride) {
+    int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < size && tokens[at] < 0) tokens[at] = proposals[(at % width - 1) * stride + at / width];
+}
+
+// Count, at each row's first token, how many of those fed after it were chosen, one after another.
+extern "C" __global__ void accept(
+    const int* chosen, const long long* tokens, const int* counts, int* standing, int rows, int width, int logits
+) {
+    int at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= logits) return;
+    int stands = 0;
+    if (at < rows * width && at % width == 0)
+        while (stands + 1 < counts[at / width] && tokens[at + stands + 1] == chosen[at + stands]) stands++;
+    standing[at] = stands;
+}

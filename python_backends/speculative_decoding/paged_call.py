@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from speculative_decoding.adjustments import PLACE, Adjustments
 from speculative_decoding.device import Array, Device
+from speculative_decoding.followed import Followed
 from speculative_decoding.language_model import Counts, Tokens
 from speculative_decoding.sampling import WISH
 
@@ -52,7 +53,8 @@ class Chunk(NamedTuple):
 class Results(NamedTuple):
     """A model's buffers for what its calls give: logits, tokens chosen of them and how, and drafts, a row a step.
 
-    wishes, entries, places: bytes of WISH, ENTRY and PLACE. adjusted: float32 of some rows of logits.
+    chosen: two for each of the logits, a token and how many drafts stand. wishes, entries, places: bytes of WISH, ENTRY
+    and PLACE. adjusted: float32 of some rows of logits.
     """
 
     logits: Array
@@ -82,7 +84,8 @@ class PagedCall:
         self._device, self._session = device, session
         self._options = device.run_options(graph)
         self.shape = shape
-        self.logits, self._chosen = results.logits[: shape.logits], results.chosen[: shape.logits]
+        self.logits, self._decided = results.logits[: shape.logits], results.chosen[: 2 * shape.logits]
+        self._chosen, self._standing = self._decided[: shape.logits], self._decided[shape.logits :]
         self._wishes, self._proposals = results.wishes, results.proposals[:, : shape.rows]
         self._results = results
         sequences = shape.sequences
@@ -98,6 +101,7 @@ class PagedCall:
         self._inputs = device.zeros(self._staged.shape, np.uint8)
         self._host, self._fed = (_parts(buffer, sizes) for buffer in (self._staged, self._inputs))
         in_rows = shape.rows * shape.width
+        self._in_rows = self._fed["tokens"][:in_rows]
         self._host["indices"][:in_rows] = np.arange(in_rows)
         self._host["bounds"][: shape.rows + 1] = shape.width * np.arange(shape.rows + 1)
         inputs = {
@@ -119,9 +123,18 @@ class PagedCall:
             self._bind("output", f"present.{name}", cache)
 
     def start(
-        self, tokens: Tokens, past: Counts, counts: Counts, tables: list[list[int]], chunks: Sequence[Chunk] = ()
+        self,
+        tokens: Tokens,
+        past: Counts,
+        counts: Counts,
+        tables: list[list[int]],
+        chunks: Sequence[Chunk] = (),
+        drafts: Followed | None = None,
     ) -> None:
-        """Queue the call on so many rows of tokens and so many chunks, the rest being padding."""
+        """Queue the call on so many rows of tokens and so many chunks, the rest being padding.
+
+        drafts: what those of the tokens are that are ON_DEVICE; they come after each row's first.
+        """
         rows, width = tokens.shape
         host, shape = self._host, self.shape
         for name in ("tokens", "past", "counts", "table"):
@@ -147,6 +160,9 @@ class PagedCall:
             host["bounds"][shape.rows + len(chunks) + 1 : -1] = begin
             host["bounds"][-1] = shape.tokens
         self._device.upload(self._inputs, self._staged)
+        if drafts:
+            self._device.wait_for(drafts.ended)
+            self._device.complete(self._in_rows, shape.width, drafts.proposals)
         self.run()
 
     def run(self) -> None:
@@ -156,7 +172,8 @@ class PagedCall:
     def choose(self, wishes: NDArray[np.void] | None, adjustments: Adjustments | None = None) -> NDArray[np.int32]:
         """Return the tokens chosen of all logits, as `wishes` WISH [logits] says; the likeliest without.
 
-        adjustments: what is done to the logits before, with places [logits]; only with wishes.
+        adjustments: what is done to the logits before, with places [logits]; only with wishes. Returns int32
+        [2, logits]: the tokens, and, where a row begins, how many of the tokens fed after its first were chosen.
         """
         if wishes is not None:
             self._device.upload(self._wishes[: wishes.nbytes], wishes.view(np.uint8))
@@ -164,12 +181,13 @@ class PagedCall:
             self._choose_adjusted(adjustments)
         else:
             self._choose(0 if wishes is not None else None)
-        return self._device.download(self._chosen)
+        self._device.accept(self._chosen, self._in_rows, self._fed["counts"], self._standing)
+        return self._device.download(self._decided).reshape(2, -1)
 
-    def follow(self, steps: int, wishes: NDArray[np.void] | None) -> NDArray[np.int32]:
-        """Return what follows the tokens that a row was started with, int32 [steps, rows], each fed in its turn.
+    def follow(self, steps: int, wishes: NDArray[np.void] | None) -> Array:
+        """Queue what follows the tokens that a row was started with, int32 [steps, rows], each fed in its turn.
 
-        wishes: WISH [steps, rows], None for the likeliest. Nothing is waited for but the end.
+        wishes: WISH [steps, rows], None for the likeliest. What is returned stays as it is until the next time.
         """
         if wishes is not None:
             each = np.repeat(wishes, self.shape.width, axis=1)
@@ -180,7 +198,7 @@ class PagedCall:
                 self.run()
             self._choose(step if wishes is not None else None)
             self._device.advance(self._chosen, fed["tokens"], fed["past"], fed["counts"], self._proposals[step])
-        return self._device.download(self._proposals[:steps])
+        return self._proposals[:steps]
 
     def _choose(self, step: int | None) -> None:
         """Queue the choice of all logits by the wishes of a step; None for the likeliest."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -10,6 +10,13 @@ from numpy.typing import DTypeLike, NDArray
 from speculative_decoding.adjustments import Adjustments
 from speculative_decoding.device import Device
 from speculative_decoding.paged_call import PagedCall
+
+
+class Choices(NamedTuple):
+    """tokens: what was chosen, int64 [rows, width]. standing: how many of each row's drafts stand, [rows]."""
+
+    tokens: NDArray[np.int64]
+    standing: NDArray[np.int64]
 
 
 class PagedLogits:
@@ -45,16 +52,21 @@ class PagedLogits:
     def argmax(self, axis: int = -1) -> NDArray[np.int64]:
         """Return the likeliest tokens, computed on the device."""
         assert axis == -1
-        return self._chosen(None)
+        return self.choose(None).tokens
 
-    def choose(self, wishes: NDArray[np.void], adjustments: Adjustments | None = None) -> NDArray[np.int64]:
-        """Return the tokens that `wishes`, WISH of the shape without the vocabulary, choose, on the device.
+    def choose(self, wishes: NDArray[np.void] | None, adjustments: Adjustments | None = None) -> Choices:
+        """Return the tokens that `wishes`, WISH of the shape without the vocabulary, choose; None for the likeliest.
 
-        The places of `adjustments` are of the same shape.
+        The places of `adjustments` are of the same shape. All is computed on the device.
         """
+        if wishes is not None:
+            wishes = self._spread(wishes)
         if adjustments is not None:
             adjustments = adjustments._replace(places=self._spread(adjustments.places))
-        return self._chosen(self._spread(wishes), adjustments)
+        started = time.perf_counter()
+        chosen, standing = self._call.choose(wishes, adjustments).astype(np.int64)
+        self._waited(time.perf_counter() - started)
+        return Choices(chosen[self._places], standing[self._places[..., 0]])
 
     def _spread(self, values: NDArray[np.void]) -> NDArray[np.void]:
         """Return values, of the shape without the vocabulary, in the order of the call's logits, zero elsewhere."""
@@ -62,12 +74,6 @@ class PagedLogits:
         there = self._places >= 0
         every[self._places[there]] = values[there]
         return every
-
-    def _chosen(self, wishes: NDArray[np.void] | None, adjustments: Adjustments | None = None) -> NDArray[np.int64]:
-        started = time.perf_counter()
-        chosen = self._call.choose(wishes, adjustments)
-        self._waited(time.perf_counter() - started)
-        return chosen[self._places].astype(np.int64)
 
     def __getitem__(self, key: Any) -> Any:
         """Return the logits float32 [vocabulary] of one token, or a view of several tokens'."""

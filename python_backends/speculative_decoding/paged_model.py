@@ -15,6 +15,7 @@ from speculative_decoding.adjustments import ENTRY, PLACE
 from speculative_decoding.cuda_device import device_of
 from speculative_decoding.device import OutOfDeviceMemoryError
 from speculative_decoding.execution_provider import CPU, Provider
+from speculative_decoding.followed import Followed
 from speculative_decoding.host_tier import HostTier
 from speculative_decoding.language_model import Counts, DecoderShape, Tokens, session_options
 from speculative_decoding.options import MAX_BIASES, MAX_SPECULATION_LENGTH, MAX_STOPS
@@ -101,7 +102,7 @@ class PagedModel:
             wishes = max(most, longest * slots * FOLLOWED_WIDTH) * WISH.itemsize
             self._results = Results(
                 self._device.zeros((most, self.shape.vocabulary), self._element),
-                self._device.zeros((most,), np.int32),
+                self._device.zeros((2 * most,), np.int32),
                 self._device.zeros((wishes,), np.uint8),
                 self._device.zeros((longest, slots), np.int32),
                 self._device.zeros((slots * self._most_entries * ENTRY.itemsize,), np.uint8),
@@ -153,18 +154,19 @@ class PagedModel:
         """Where it runs: cpu or cuda."""
         return self._device.name
 
-    def forward(self, first: int, tokens: Tokens, counts: Counts) -> PagedLogits:
+    def forward(self, first: int, tokens: Tokens, counts: Counts, drafts: Followed | None = None) -> PagedLogits:
         """Feed the slots first, first + 1, ... and return logits [rows, width, vocabulary], valid until the next call.
 
         `tokens` is int64 [rows, width]; row r adds its first `counts[r]` tokens, and its logits beyond them mean
         nothing. Every slot needs room for `width` more tokens. One row may be wider than KEPT_WIDTH; only its last
-        token then has logits. Raises MemoryError when there is no block left, and has changed nothing then.
+        token then has logits. Those of `drafts` that stand as ON_DEVICE are not waited for. Raises MemoryError when
+        there is no block left, and has changed nothing then.
         """
         rows, width = tokens.shape
         if width > KEPT_WIDTH:
             [fed], [count] = tokens.tolist(), counts.tolist()
             return self.forward_prompts(first, [fed[:count]]).alone_in_row(width, count - 1)
-        call = self._start(first, tokens, counts, width)
+        call = self._start(first, tokens, counts, width, drafts)
         self.lengths[first : first + rows] += counts
         return self._rows_of(call, rows, width)
 
@@ -186,7 +188,7 @@ class PagedModel:
         return self._mixed(rows, width, chunks) is not None
 
     def forward_mixed(
-        self, tokens: Tokens, counts: Counts, chunks: Sequence[Sequence[int]]
+        self, tokens: Tokens, counts: Counts, chunks: Sequence[Sequence[int]], drafts: Followed | None = None
     ) -> tuple[PagedLogits, PagedLogits]:
         """Do in one call what `forward` does with the first slots and `forward_prompts` with those after them.
 
@@ -195,28 +197,31 @@ class PagedModel:
         rows, width = tokens.shape
         shape = self._mixed(rows, width, chunks)
         assert shape
-        call = self._start_mixed(shape, (tokens, counts), rows, chunks)
+        call = self._start_mixed(shape, (tokens, counts), rows, chunks, drafts)
         self.lengths[:rows] += counts
         return self._rows_of(call, rows, width), self._prompts_of(call, chunks)
 
-    def follow(self, tokens: Tokens, counts: Counts, steps: int, wishes: NDArray[np.void] | None) -> Tokens:
-        """Feed row r its first counts[r] of `tokens`, and return what follows them, int64 [rows, steps].
+    def follow(self, tokens: Tokens, counts: Counts, steps: int, wishes: NDArray[np.void] | None) -> Followed:
+        """Feed row r its first counts[r] of `tokens`, and return what follows them, [rows, steps].
 
         `tokens` is int64 [rows, FOLLOWED_WIDTH at most]. wishes: WISH [steps, rows], how each step's token is chosen;
-        None for the likeliest. What is chosen is fed by the device to itself. A slot then holds all but the last of
-        what follows; one that was fed nothing stays as it is. Every slot needs room for `width` + `steps` more tokens.
+        None for the likeliest. What is chosen is fed by the device to itself, and the host waits for none of it. A slot
+        then holds all but the last of what follows; one that was fed nothing stays as it is. Every slot needs room for
+        `width` + `steps` more tokens.
         """
         rows, width = tokens.shape
+        began, began_at = self._device.mark(), time.perf_counter()
         call = self._start(0, tokens, counts, width + steps)
         if wishes is not None:
             every = np.zeros((steps, call.shape.rows), WISH)
             every[:, :rows] = wishes
             wishes = every
         started = time.perf_counter()
-        followed = call.follow(steps, wishes)
+        proposals = call.follow(steps, wishes)
         self._waited(time.perf_counter() - started)
+        followed = Followed(self._device, began, began_at, proposals, rows, self._waited)
         self.lengths[:rows] += np.where(counts > 0, counts + steps - 1, 0).astype(np.int32)
-        return followed[:, :rows].T.astype(np.int64)
+        return followed
 
     def widest(self, rows: int) -> int:
         """Return how many tokens each of so many rows may have in one call."""
@@ -304,7 +309,9 @@ class PagedModel:
         shape = CallShape(self._captured_rows(rows), wide, chunk)
         return shape if shape.tokens <= self.most_tokens else None
 
-    def _start(self, first: int, tokens: Tokens, counts: Counts, room: int) -> PagedCall:
+    def _start(
+        self, first: int, tokens: Tokens, counts: Counts, room: int, drafts: Followed | None = None
+    ) -> PagedCall:
         """Queue a call on the slots first, first + 1, ..., each with room for so many more tokens, and return it."""
         rows, width = tokens.shape
         lengths = self.lengths[first : first + rows]
@@ -314,12 +321,17 @@ class PagedModel:
             self._reserve(slot, length, length + room)
         call = self._bind(shape)
         started = time.perf_counter()
-        call.start(tokens, lengths, counts, self._tables[first : first + rows])
+        call.start(tokens, lengths, counts, self._tables[first : first + rows], drafts=drafts)
         self._waited(time.perf_counter() - started)
         return call
 
     def _start_mixed(
-        self, shape: CallShape, fed: tuple[Tokens, Counts], first: int, chunks: Sequence[Sequence[int]]
+        self,
+        shape: CallShape,
+        fed: tuple[Tokens, Counts],
+        first: int,
+        chunks: Sequence[Sequence[int]],
+        drafts: Followed | None = None,
     ) -> PagedCall:
         """Queue a call on rows in the first slots and chunks in the slots first, first + 1, ..., and return it."""
         tokens, counts = fed
@@ -333,7 +345,7 @@ class PagedModel:
             given.append(Chunk(chunk, length, self._tables[slot]))
         call = self._bind(shape)
         started = time.perf_counter()
-        call.start(tokens, self.lengths[:rows], counts, self._tables[:rows], given)
+        call.start(tokens, self.lengths[:rows], counts, self._tables[:rows], given, drafts)
         self._waited(time.perf_counter() - started)
         self.lengths[first : first + len(chunks)] += [len(chunk) for chunk in chunks]
         return call

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from speculative_decoding.acceptance_rate import AcceptanceRate
 from speculative_decoding.drafter import Drafter
+from speculative_decoding.followed import Followed
 from speculative_decoding.options import MAX_SPECULATION_LENGTH
 from speculative_decoding.prompt_lookup import NO_MATCH, Match
 from speculative_decoding.sampling import Distribution
@@ -33,16 +34,25 @@ SHARED_MEMORY = 0.98  # of the acceptance rates that new sequences begin with
 
 
 class Drafts(NamedTuple):
-    """tokens: int64 [rows, longest]. lengths: int32 [rows]. distributions: of rows judged by rejection."""
+    """tokens: int64 [rows, longest]. lengths: int32 [rows]. distributions: of rows judged by rejection.
+
+    followed: what the tokens are that are ON_DEVICE.
+    """
 
     tokens: NDArray[np.int64]
     lengths: NDArray[np.int32]
     distributions: dict[int, list[Distribution]]
+    followed: Followed | None = None
 
     @classmethod
     def none(cls, rows: int) -> "Drafts":
         """Return that nothing is drafted for so many rows."""
         return cls(np.zeros((rows, 0), np.int64), np.zeros(rows, np.int32), {})
+
+    def on_host(self) -> list[list[int]]:
+        """Return the tokens of each row; for what a device has of them it waits."""
+        tokens = self.followed.complete(self.tokens) if self.followed else self.tokens
+        return [row[:length] for row, length in zip(tokens.tolist(), self.lengths.tolist(), strict=True)]
 
 
 class _Candidate(NamedTuple):
@@ -73,6 +83,7 @@ class Speculation:
         self._probing_s = 0.0  # that may be spent
         self._plain_rounds = 0
         self._is_probe = False
+        self._asked_at = 0.0  # the drafter, on time.perf_counter()'s clock
 
     def draft(self, running: list[Sequence], room: int) -> Drafts:
         """Return what is proposed, `room` tokens at most for each of the sequences in slots 0, 1, ..."""
@@ -107,6 +118,8 @@ class Speculation:
             return
         rows, longest = drafts.tokens.shape
         self._costs.verify.observe(rows, longest, verify_s)
+        if drafts.followed:
+            self._costs.draft.observe(*drafts.followed.shape, drafts.followed.ready_at() - self._asked_at)
         if self._is_probe:
             self._probing_s -= max(0.0, seconds - float(self._costs.verify.row(rows)[0]))
         elif not longest:
@@ -195,14 +208,14 @@ class Speculation:
         self._drop_unprepared(running, by_model, lengths)
         tokens = np.zeros((len(running), int(lengths.max())), np.int64)
         distributions: dict[int, list[Distribution]] = {}
+        followed: Followed | None = None
         if self._drafter and by_model.any():
-            started = time.perf_counter()
-            proposals = self._drafter.propose(running, by_model)
-            rows, longest = proposals.tokens.shape
-            tokens[:rows, :longest] = proposals.tokens
-            distributions = proposals.distributions
-            if self._costs:
-                self._costs.draft.observe(rows, longest, time.perf_counter() - started)
+            self._asked_at = time.perf_counter()
+            proposed, distributions, followed = self._drafter.propose(running, by_model)
+            rows, longest = proposed.shape
+            tokens[:rows, :longest] = proposed
+            if self._costs and not followed:
+                self._costs.draft.observe(rows, longest, time.perf_counter() - self._asked_at)
         for candidate in wanted:
             length = int(lengths[candidate.row])
             if candidate.source != MODEL and length:
@@ -210,7 +223,7 @@ class Speculation:
                 tokens[candidate.row, :length] = copied
                 if running[candidate.row].by_rejection:
                     distributions[candidate.row] = [_certain(token) for token in copied]
-        return Drafts(tokens, lengths, distributions)
+        return Drafts(tokens, lengths, distributions, followed)
 
     def _drop_unprepared(
         self, running: list[Sequence], by_model: NDArray[np.int32], lengths: NDArray[np.int32]

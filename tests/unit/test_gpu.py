@@ -25,6 +25,7 @@ from tests.decoding import (
     ADJUSTED,
     PENALTIES,
     check_adjusted_choices,
+    check_drafts_on_device,
     check_mixed_calls,
     check_prefixes_come_back_from_the_host,
     decode_all,
@@ -126,6 +127,10 @@ def test_biased_penalized_and_too_early_tokens_are_chosen_on_the_gpu(folder: Pat
     check_adjusted_choices(load(folder))
 
 
+def test_drafts_are_taken_and_accepted_on_the_gpu(device: CudaDevice) -> None:
+    check_drafts_on_device(device)
+
+
 def test_of_equal_logits_the_lower_token_comes_first(device: CudaDevice) -> None:
     wishes = np.zeros(300, WISH)
     for row in range(300):
@@ -157,7 +162,7 @@ def test_what_a_draft_feeds_itself_is_what_it_would_be_fed_step_by_step(
 
     begin()
     wishes = wishes_of(samplers, steps).T
-    followed = model.follow(tokens, counts, steps, wishes if sampling else None)
+    followed = model.follow(tokens, counts, steps, wishes if sampling else None).tokens()
     assert model.lengths[:5].tolist() == [36 + count + steps - 1 if count else 36 for count in counts]
     begin()
     fed, times = tokens, counts
@@ -165,8 +170,8 @@ def test_what_a_draft_feeds_itself_is_what_it_would_be_fed_step_by_step(
         logits = model.forward(0, fed, times)
         for row in np.flatnonzero(counts).tolist():
             place = int(times[row]) - 1
-            expected = logits.choose(np.broadcast_to(wishes[step][:, None], logits.shape[:2]))[row, place]
-            assert followed[row, step] == expected
+            expected = logits.choose(np.broadcast_to(wishes[step][:, None], logits.shape[:2]))
+            assert followed[row, step] == expected.tokens[row, place]
         fed, times = followed[:, step : step + 1], np.minimum(counts, 1)
     model.check_integrity()
 

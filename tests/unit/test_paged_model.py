@@ -9,6 +9,7 @@ import pytest
 import torch
 from speculative_decoding.burst import MOST_S, MOST_STEPS
 from speculative_decoding.decoder import DecoderSettings, load_decoder
+from speculative_decoding.device import HostDevice
 from speculative_decoding.drafter import ModelDrafter
 from speculative_decoding.engine import Engine
 from speculative_decoding.execution_provider import CPU
@@ -27,6 +28,7 @@ from scripts.export_model import export_for_cuda
 from tests.decoding import (
     PENALTIES,
     check_adjusted_choices,
+    check_drafts_on_device,
     check_mixed_calls,
     check_prefixes_come_back_from_the_host,
     decode_all,
@@ -199,7 +201,7 @@ def count_prompts(model: PagedModel, calls: list[str]) -> None:
     forward_mixed, forward_prompts = model.forward_mixed, model.forward_prompts
 
     def mixed(*given: Any) -> object:
-        calls.append(f"forward_mixed of {len(given[-1])}")
+        calls.append(f"forward_mixed of {len(given[2])}")
         return forward_mixed(*given)
 
     def prompts(*given: Any) -> object:
@@ -207,6 +209,17 @@ def count_prompts(model: PagedModel, calls: list[str]) -> None:
         return forward_prompts(*given)
 
     model.forward_mixed, model.forward_prompts = mixed, prompts
+
+
+def propose(drafter: ModelDrafter, sequences: list[Sequence], length: int) -> list[list[int]]:
+    """Return so many proposed tokens for each sequence."""
+    followed = drafter.propose(sequences, np.full(len(sequences), length, np.int32)).followed
+    assert followed
+    return followed.tokens().tolist()
+
+
+def test_drafts_are_taken_and_accepted_where_they_are() -> None:
+    check_drafts_on_device(HostDevice(CPU))
 
 
 @pytest.mark.parametrize("speculation_length", [0, 4])
@@ -234,11 +247,14 @@ def test_the_engine_decodes_on_pages_what_the_target_decodes_alone(
     drafter, calls = ModelDrafter(draft), list[str]()
     count_prompts(target, calls)
     engine = Engine(target, drafter, speculation_length, 100, measure_costs(target, drafter, 4))
+    waits, download = list[object](), draft._device.download
+    draft._device.download = lambda array: waits.append(array) or download(array)
     try:
         answers, _ = decode_all(engine, prompts, options)
     finally:
         engine.stop()
     assert answers == expected
+    assert bool(waits) == (speculation_length > 0 and "logit_bias" in sampling)  # only adjustments look at drafts
     assert "forward_mixed of 1" in calls and set(calls) & {"forward_prompts of 2", "forward_prompts of 4"}
     for model in (target, draft):
         model.check_integrity()
@@ -271,6 +287,18 @@ def test_a_burst_of_plain_steps_gives_what_they_give_one_by_one(
     target.check_integrity()
 
 
+def test_drafts_on_pages_may_be_judged_by_rejection_beside_others(paged: tuple[PreTrainedModel, Path]) -> None:
+    engine = Engine(load(paged[1]), ModelDrafter(load(paged[1])), 4, 100)
+    sampling = {"max_tokens": 20, "ignore_eos": True, "drafter": "model", "temperature": 0.8}
+    options = [GenerationOptions(acceptance=kind, seed=1, **sampling) for kind in ("rejection", "exact", "rejection")]
+    try:
+        answers, sequences = decode_all(engine, [Bench(paged).tokens(30)] * 3, options)
+    finally:
+        engine.stop()
+    assert [len(answer) for answer in answers] == [20] * 3
+    assert all(sequence.accepted == sequence.drafted > 0 for sequence in sequences)  # the draft is the target
+
+
 def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_can_wait_for(
     paged: tuple[PreTrainedModel, Path],
 ) -> None:
@@ -285,7 +313,7 @@ def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_c
     assert together.fill({1: committed[1]}) == {1}
     assert together.fill(committed) == {0, 1, 2, 3}
     assert calls == ["forward_prompts of 1", "forward_prompts of 1", "forward_prompts of 2"]
-    proposed = [drafter.propose(sequences, np.full(SLOTS, 5, np.int32)).tokens.tolist() for drafter in drafters]
+    proposed = [propose(drafter, sequences, 5) for drafter in drafters]
     assert proposed[0] == proposed[1]
     for slot in range(SLOTS):
         together.model.truncate(slot, 0)
@@ -313,8 +341,7 @@ def test_a_draft_keeps_up_with_rows_that_others_draft_for(paged: tuple[PreTraine
     for _ in range(2):  # nothing yet, and more than it may take in between two rounds
         able = late.fill(committed)
     assert able == {0, 1, 2}
-    asked = np.full(3, 4, np.int32)
-    assert keeping.propose(sequences, asked).tokens.tolist() == late.propose(sequences, asked).tokens.tolist()
+    assert propose(keeping, sequences, 4) == propose(late, sequences, 4)
     keeping.model.check_integrity()
 
 
