@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,8 @@ class Engine:
         self.kv_tokens = kv_tokens
         self._target = target
         self._drafter = drafter
+        self._is_queued = isinstance(target, PagedModel)  # its calls return before they are done
+        self._news = deque[tuple[Sequence, list[int], FinishReason | None]]()  # that listeners have not heard
         self._burst = Burst(target, costs)
         self._prefixes = prefix_reuse(kv_cache, target, drafter)
         self._prefill = Prefill(target, self._prefixes, costs)
@@ -125,6 +128,8 @@ class Engine:
                 chunks = self._admit()
                 if self._scheduler.running:
                     self._round(chunks)
+                if not self._scheduler.running:
+                    self._tell_all()
             except Exception:
                 logger.exception("a decoding step failed; its sequences are answered with an error")
                 self._fail_all("error")
@@ -147,7 +152,7 @@ class Engine:
         Returns those that may be fed with the round that follows.
         """
         is_decoding = bool(self._scheduler.running)
-        along = is_decoding and isinstance(self._target, PagedModel)
+        along = is_decoding and self._is_queued
         budget = self._prefill.budget(is_decoding, along)
         while budget > 0:
             with self._changed:
@@ -163,8 +168,17 @@ class Engine:
 
     def _feed(self, chunks: list[Chunk]) -> None:
         """Feed chunks to the slots after the running sequences'."""
+        self._prepare(chunks)
+        self._tell_all()
         logits = self._prefill.feed(len(self._scheduler.running), chunks)
         self._begin(chunks, logits)
+
+    def _prepare(self, chunks: list[Chunk]) -> None:
+        """Have the draft take in the prompts that a GPU is giving to the target: at the same time it costs little."""
+        if self._drafter and self._is_queued:
+            first = len(self._scheduler.running)
+            ending = [(slot, chunk.sequence) for slot, chunk in enumerate(chunks, first) if chunk.is_last]
+            self._drafter.fill({slot: one.prompt for slot, one in ending if one.options.wants_draft_model})
 
     def _begin(self, chunks: list[Chunk], logits: Logits) -> None:
         """Commit the first token of each answer whose prompt is done, given the logits [chunks, 1, vocabulary]."""
@@ -199,9 +213,13 @@ class Engine:
         verify_at = time.perf_counter()
         logits: Logits | None = None
         if steps > 1:
-            accepted = self._burst.start(running, steps).tokens().tolist()
+            followed = self._burst.start(running, steps)
+            self._tell_all()
+            accepted = followed.tokens().tolist()
         else:
             logits, of_chunks = self._verify(running, drafts, chunks)
+            self._prepare(chunks)
+            self._tell_all()
             accepted = accept_drafts(running, drafts, logits)
             if drafts.followed:  # the device was still drafting while it was given what to verify
                 late_s = max(0.0, drafts.followed.ready_at() - verify_at)
@@ -280,7 +298,19 @@ class Engine:
         self._target.truncate(slot, len(sequence.tokens) - 1)
         if self._drafter:
             self._drafter.commit(slot, len(sequence.tokens))
-        sequence.listener(sequence, new, None)
+        self._tell(sequence, new, None)
+
+    def _tell(self, sequence: Sequence, tokens: list[int], reason: FinishReason | None) -> None:
+        """Have a listener told, on a GPU once it has the next step to work on."""
+        self._news.append((sequence, tokens, reason))
+        if not self._is_queued:
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        """Tell listeners what they have not been told."""
+        while self._news:
+            sequence, tokens, reason = self._news.popleft()
+            sequence.listener(sequence, tokens, reason)
 
     def _count(self, sequence: Sequence, tokens: int) -> None:
         now = time.monotonic()
@@ -299,9 +329,10 @@ class Engine:
             if self._drafter:
                 self._drafter.move(source, destination)
         sequence.finished = time.monotonic()
-        sequence.listener(sequence, tokens, reason)
+        self._tell(sequence, tokens, reason)
 
     def _fail_all(self, reason: FinishReason) -> None:
+        self._tell_all()
         with self._changed:
             everyone = self._scheduler.clear()
             self._departures.clear()

@@ -108,6 +108,11 @@ class GenerationOptions:
         return not (self.temperature or self.min_tokens or self.logit_bias or self.has_penalties)
 
     @property
+    def wants_draft_model(self) -> bool:
+        """Whether the draft model may propose tokens."""
+        return self.drafter in ("auto", "model") and self.speculation_length != 0
+
+    @property
     def has_penalties(self) -> bool:
         """Whether a token's logit depends on which tokens came before."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)

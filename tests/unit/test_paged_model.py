@@ -1,6 +1,8 @@
 """PagedModel: the logits of transformers and shared blocks, with PagedAttention made of ONNX's own operators."""
 
+import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,42 @@ def test_drafts_on_pages_may_be_judged_by_rejection_beside_others(paged: tuple[P
         engine.stop()
     assert [len(answer) for answer in answers] == [20] * 3
     assert all(sequence.accepted == sequence.drafted > 0 for sequence in sequences)  # the draft is the target
+
+
+@pytest.mark.parametrize("speculation_length", [0, 4])
+def test_a_device_has_work_while_listeners_are_told_and_drafts_take_in_prompts(
+    paged: tuple[PreTrainedModel, Path], speculation_length: int
+) -> None:
+    target, draft, bench, events = load(paged[1]), load(paged[1]), Bench(paged), list[str]()
+
+    def note(where: Any, name: str, event: str) -> None:
+        call = getattr(where, name)
+        setattr(where, name, lambda *given, **named: events.append(event) or call(*given, **named))
+
+    for name in ("forward", "forward_mixed", "follow"):
+        note(target, name, "asked")
+    note(draft, "forward_prompts", "draft asked")
+    note(target._device, "download", "waited")
+    ended = threading.Semaphore(0)
+
+    def listen(sequence: Sequence, tokens: list[int], reason: str | None) -> None:
+        events.append("ended" if reason else "told")
+        if reason:
+            ended.release()
+
+    engine = Engine(target, ModelDrafter(draft), 4, 100)
+    wish = GenerationOptions(max_tokens=20, ignore_eos=True, speculation_length=speculation_length, drafter="model")
+    try:
+        for count in (1, 5):
+            engine.submit(*[Sequence(bench.tokens(30), wish, listen, frozenset()) for _ in range(count)])
+            assert all(ended.acquire(timeout=60) for _ in range(count))
+    finally:
+        engine.stop()
+    order = [event for event in events if event != "draft asked"]
+    assert all(before != "waited" for before, event in pairwise(order) if event == "told")
+    assert events.count("draft asked") == (3 if speculation_length else 0)  # one alone, four at once, the fifth
+    if speculation_length:
+        assert events.index("draft asked") < events.index("waited")
 
 
 def test_a_draft_takes_in_several_prompts_in_one_call_and_no_more_than_a_round_can_wait_for(
