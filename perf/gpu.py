@@ -300,6 +300,8 @@ def main() -> None:
         cupy = importlib.import_module("cupy")
     except ModuleNotFoundError:
         parser.error("it needs an NVIDIA GPU, and onnxruntime-gpu and CuPy installed")
+    if not (arguments.pair / "prompts.json").is_file():
+        parser.error(f"PAIR {arguments.pair} has no prompts.json: make one with perf.gpu_pair")
     gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     bandwidth = measure_bandwidth()
     made = json.loads((arguments.pair / "prompts.json").read_text())

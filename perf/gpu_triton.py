@@ -138,6 +138,8 @@ def main() -> None:
     parser.add_argument("pair", type=Path)
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="of the instance group (default: %(default)s)")
     arguments = parser.parse_args()
+    if not (arguments.pair / "1" / "target").is_dir():
+        parser.error(f"PAIR {arguments.pair} has no 1/target: make one with perf.gpu_pair")
     print(json.dumps(through_triton(arguments.pair, arguments.kind)))
 
 
