@@ -31,7 +31,7 @@ class Burst:
         return max(1, min(MOST_STEPS, in_time, wanted, room))
 
     def start(self, running: Rows[Sequence], steps: int) -> Followed:
-        """Return the next `steps` tokens of each sequence, which the target has seen but for the last."""
+        """Ask for the next `steps` tokens of each sequence, which the target has seen but for the last."""
         assert self._target
         tokens = np.array([sequence.tokens[-1:] for sequence in running])
         is_sampled = not all(sequence.options.is_bare for sequence in running)

@@ -175,7 +175,7 @@ class Engine:
 
     def _prepare(self, chunks: list[Chunk]) -> None:
         """Have the draft take in the prompts that a GPU is giving to the target: at the same time it costs little."""
-        if self._drafter and self._is_queued:
+        if chunks and self._drafter and self._is_queued:
             first = len(self._scheduler.running)
             ending = [(slot, chunk.sequence) for slot, chunk in enumerate(chunks, first) if chunk.is_last]
             self._drafter.fill({slot: one.prompt for slot, one in ending if one.options.wants_draft_model})

@@ -58,12 +58,8 @@ class PromptLookup:
 
     def agreement(self, match: Match, tokens: list[int]) -> int:
         """Return how many of the next `tokens`, which are not in the sequence yet, a match would have proposed."""
-        known = self._tokens[match.place : match.place + len(tokens)]
-        period = len(known)
-        for place, token in enumerate(tokens):
-            if known[place % period] != token:
-                return place
-        return len(tokens)
+        proposed = self.propose(match, len(tokens))
+        return next((place for place, token in enumerate(tokens) if proposed[place] != token), len(tokens))
 
     def _length(self, place: int) -> int:
         tokens, end = self._tokens, len(self._tokens)

@@ -142,7 +142,7 @@ class Speculation:
         if most <= 0 or options.drafter == "none":
             return None
         match = NO_MATCH if options.drafter == "model" else sequence.lookup.find()
-        has_model = self._drafter is not None and options.drafter != "prompt_lookup"
+        has_model = self._drafter is not None and options.wants_draft_model
         if match.length:
             self._matches[sequence] = match
             grade = _grade(match)
